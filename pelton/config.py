@@ -1,0 +1,363 @@
+"""What was typed (EngineArgs, "auto" allowed) becomes what is run (EngineConfig: frozen parts, nothing None).
+
+`resolve()` is the only place where defaults meet the model and the machine, and `Environment.read()` the only
+place where environment variables are read. Both explain each choice in a line that is printed at start.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pelton.errors import ConfigError
+
+GIB = 1 << 30
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_NAMES = {"auto": "auto", "half": "float16", "float": "float32", **{name: name for name in DTYPE_BYTES}}
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+# --- what was typed -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EngineArgs:
+    """The engine's options under vLLM's names; None and "auto" are decided by `resolve()`."""
+
+    model: str = DEFAULT_MODEL
+    tokenizer: str | None = None
+    served_model_name: Sequence[str] | None = None
+    hub: str = "auto"  # "auto", "hf", "modelscope"
+    revision: str | None = None
+    download_dir: str | None = None
+    load_format: str = "auto"  # "auto", "safetensors", "gguf", "dummy"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    device: str = "auto"  # "auto", "cpu", "cuda"
+    tensor_parallel_size: int = 1
+    trust_remote_code: bool = False
+    enforce_eager: bool = False
+    seed: int = 0
+    generation_config: str = "auto"  # "auto": the checkpoint's sampling defaults; "vllm": none; or a directory
+    chat_template: str | None = None
+    max_logprobs: int = 20
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_waiting: int | None = None  # requests in the queue; more are refused
+    gpu_memory_utilization: float = 0.9  # of the memory that is free
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_NAMES:
+            raise ConfigError(f"--dtype {self.dtype} is unknown; choose one of {', '.join(DTYPE_NAMES)}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"--device {self.device} is unknown; choose auto, cpu or cuda")
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(
+                f"--tensor-parallel-size {self.tensor_parallel_size}: this version runs on one device; use 1"
+            )
+        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+            raise ConfigError(f"--block-size must be a power of two, got {self.block_size}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_waiting", "num_threads",
+                     "kv_cache_memory_bytes", "num_gpu_blocks_override"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The environment variables pelton reads, parsed. See `read()`."""
+
+    use_modelscope: bool = False  # VLLM_USE_MODELSCOPE
+    api_key: str | None = None  # VLLM_API_KEY
+    cpu_kv_cache_bytes: int | None = None  # VLLM_CPU_KVCACHE_SPACE, GiB
+    num_threads: int | None = None  # OMP_NUM_THREADS
+    cache_dir: str | None = None  # PELTON_CACHE
+    log_level: str = "INFO"  # VLLM_LOGGING_LEVEL
+
+    @staticmethod
+    def read(environ: Mapping[str, str] | None = None) -> Environment:
+        """Parse `environ` (default: the process's); ConfigError names a variable that cannot work."""
+        environ = os.environ if environ is None else environ
+        threads = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+        if threads and not (threads.isdigit() and int(threads) > 0):
+            raise ConfigError(f"OMP_NUM_THREADS={threads} is not a number of threads; unset it or use 1, 2, ...")
+        return Environment(
+            use_modelscope=environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in ("1", "true", "yes", "on"),
+            api_key=environ.get("VLLM_API_KEY") or None,
+            cpu_kv_cache_bytes=_parse_kv_space(environ.get("VLLM_CPU_KVCACHE_SPACE", "")),
+            num_threads=int(threads) if threads else None,
+            cache_dir=environ.get("PELTON_CACHE") or None,
+            log_level=environ.get("VLLM_LOGGING_LEVEL", "INFO").upper(),
+        )
+
+
+def _parse_kv_space(text: str) -> int | None:
+    """VLLM_CPU_KVCACHE_SPACE in GiB; 0 and nothing mean "decide for me", as in vLLM."""
+    if not text.strip():
+        return None
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = -1.0
+    if not math.isfinite(gib) or gib < 0:
+        raise ConfigError(f"VLLM_CPU_KVCACHE_SPACE={text} is not a size; give a number of GiB, for example 4")
+    if gib >= 1024:
+        raise ConfigError(
+            f"VLLM_CPU_KVCACHE_SPACE={text} would be {gib:g} GiB; the unit is GiB, so for {gib:g} MB write {gib / 1024:g}"
+        )
+    return int(gib * GIB) or None
+
+
+# --- facts about the machine and the model ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What the runner found out about the device."""
+
+    kind: str  # "cpu" or "cuda"
+    name: str
+    free_bytes: int
+    has_fast_bf16: bool
+    num_cores: int
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """The keys and values of one attention layer: `window` tokens (None: all), heads, head size."""
+
+    window: int | None
+    num_kv_heads: int
+    head_size: int
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """Layers that share one block table. Groups of one model have equally many layers (the last may have fewer),
+    so that a block has the same size whichever group holds it, and one pool serves all."""
+
+    window: int | None
+    layer_ids: tuple[int, ...]
+
+
+def make_groups(layers: Sequence[KVLayer]) -> tuple[KVGroup, ...]:
+    """Split layers by window into groups as large as the rarest kind of layer; full attention comes first."""
+    by_window: dict[int | None, list[int]] = {}
+    for layer_id, layer in enumerate(layers):
+        by_window.setdefault(layer.window, []).append(layer_id)
+    size = min(len(ids) for ids in by_window.values())
+    groups = [
+        KVGroup(window, tuple(ids[i : i + size]))
+        for window, ids in by_window.items()
+        for i in range(0, len(ids), size)
+    ]
+    return tuple(sorted(groups, key=lambda g: (g.window is not None, g.layer_ids)))
+
+
+# --- what is run --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model as it will run."""
+
+    served_names: tuple[str, ...]
+    dtype: str  # "float32", "bfloat16" or "float16"
+    max_model_len: int  # tokens, prompt and completion together
+    max_logprobs: int
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The KV cache: `num_blocks` blocks (block 0 is the null block) of `block_size` tokens for one group's layers."""
+
+    block_size: int
+    num_blocks: int
+    groups: tuple[KVGroup, ...]
+    enable_prefix_caching: bool
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of a step and of the queue."""
+
+    max_num_seqs: int  # requests computed in one step
+    max_num_batched_tokens: int  # tokens computed in one step
+    max_waiting: int  # requests that wait; more are refused
+    max_model_len: int
+    enable_chunked_prefill: bool
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Where and how the model runs."""
+
+    kind: str
+    num_threads: int
+    enforce_eager: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything decided. `notes` holds one line for each choice a person may wonder about."""
+
+    model: ModelConfig
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    device: DeviceConfig
+    notes: tuple[str, ...]
+
+
+def resolve(
+    args: EngineArgs,
+    model_config: Mapping[str, Any],
+    kv_layers: Sequence[KVLayer],
+    weight_bytes: Mapping[str, int],
+    device: DeviceFacts,
+    env: Environment,
+) -> EngineConfig:
+    """Decide everything.
+
+    model_config: Hugging Face `config.json` (its text part). weight_bytes: size of the weights in memory for each
+    dtype. Raises ConfigError when the model cannot run as asked, with the figures and the flag that would help.
+    """
+    notes: list[str] = []
+    dtype = _choose_dtype(args, model_config, device, notes)
+    max_num_seqs = args.max_num_seqs or (64 if device.kind == "cpu" else 256)
+    model_len = _context_length(args, model_config)
+    block_bytes = _block_bytes(args.block_size, kv_layers, dtype)
+    groups = make_groups(kv_layers)
+    most_blocks = 1 + max_num_seqs * len(groups) * (math.ceil(model_len / args.block_size) + 1)
+    num_blocks = args.num_gpu_blocks_override or min(
+        most_blocks, _kv_bytes(args, device, weight_bytes[dtype], env, notes) // block_bytes
+    )
+    max_model_len = _fit_context(args, groups, num_blocks, model_len, block_bytes, notes)
+    max_num_batched_tokens = args.max_num_batched_tokens or 2048
+    if not args.enable_chunked_prefill:
+        max_num_batched_tokens = max(max_num_batched_tokens, max_model_len)
+    return EngineConfig(
+        model=ModelConfig(tuple(args.served_model_name or [args.model]), dtype, max_model_len, args.max_logprobs),
+        cache=CacheConfig(args.block_size, num_blocks, groups, args.enable_prefix_caching),
+        scheduler=SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_waiting=args.max_waiting or 16 * max_num_seqs,
+            max_model_len=max_model_len,
+            enable_chunked_prefill=args.enable_chunked_prefill,
+        ),
+        device=DeviceConfig(
+            device.kind, args.num_threads or env.num_threads or device.num_cores, args.enforce_eager, args.seed
+        ),
+        notes=tuple(notes),
+    )
+
+
+def _choose_dtype(
+    args: EngineArgs, model_config: Mapping[str, Any], device: DeviceFacts, notes: list[str]
+) -> str:
+    trained = str(model_config.get("dtype") or model_config.get("torch_dtype") or "bfloat16")
+    if args.dtype != "auto":
+        dtype, reason = DTYPE_NAMES[args.dtype], "as asked"
+    elif device.has_fast_bf16:
+        dtype = "bfloat16" if trained == "float32" else trained
+        reason = f"trained in {trained}, and {device.name} multiplies {dtype} fast"
+        if device.kind == "cpu" and dtype == "float16":
+            dtype, reason = "bfloat16", f"{device.name} multiplies bfloat16 fast, float16 not"
+    else:
+        dtype, reason = "float32", f"{device.name} has no fast bfloat16"
+    notes.append(f"dtype {dtype}: {reason}")
+    return dtype
+
+
+def _context_length(args: EngineArgs, model_config: Mapping[str, Any]) -> int:
+    """Tokens the model can attend to: what was asked, held against what it was trained for."""
+    trained = int(model_config.get("max_position_embeddings") or 2048)
+    scaling = model_config.get("rope_scaling") or {}
+    if scaling.get("rope_type", scaling.get("type")) in ("linear", "dynamic", "yarn"):
+        original = int(scaling.get("original_max_position_embeddings") or trained)
+        trained = max(trained, int(original * float(scaling.get("factor", 1.0))))
+    if args.max_model_len is None:
+        return trained
+    if args.max_model_len > trained:
+        raise ConfigError(
+            f"--max-model-len {args.max_model_len} exceeds the {trained} tokens the model was made for; use {trained} or less"
+        )
+    return args.max_model_len
+
+
+def _block_bytes(block_size: int, kv_layers: Sequence[KVLayer], dtype: str) -> int:
+    """Bytes of one block: keys and values of `block_size` tokens in each layer of one group."""
+    layer_bytes = {2 * layer.num_kv_heads * layer.head_size * DTYPE_BYTES[dtype] for layer in kv_layers}
+    return block_size * max(layer_bytes) * max(len(group.layer_ids) for group in make_groups(kv_layers))
+
+
+def _kv_bytes(
+    args: EngineArgs, device: DeviceFacts, weight_bytes: int, env: Environment, notes: list[str]
+) -> int:
+    """Memory for the KV cache, before it is cut to what the requests can use at most."""
+    if args.kv_cache_memory_bytes:
+        return args.kv_cache_memory_bytes
+    if device.kind == "cpu" and env.cpu_kv_cache_bytes:
+        asked, left = env.cpu_kv_cache_bytes, device.free_bytes - weight_bytes
+        if asked > left:
+            raise ConfigError(
+                f"VLLM_CPU_KVCACHE_SPACE asks for {asked / GIB:.1f} GiB, but only {max(left, 0) / GIB:.1f} GiB "
+                "remain beside the weights; lower it"
+            )
+        return asked
+    share = 0.25 * (device.free_bytes - weight_bytes)
+    if device.kind == "cuda":
+        share = args.gpu_memory_utilization * device.free_bytes - weight_bytes - GIB  # 1 GiB to compute in
+    if share <= 0:
+        raise ConfigError(
+            f"the weights need {weight_bytes / GIB:.1f} GiB and {device.name} has {device.free_bytes / GIB:.1f} GiB free; "
+            "use a smaller model or a quantised one"
+        )
+    return int(share)
+
+
+def _fit_context(
+    args: EngineArgs, groups: Sequence[KVGroup], num_blocks: int, model_len: int, block_bytes: int, notes: list[str]
+) -> int:
+    """The context length that one request alone can fill with `num_blocks` blocks."""
+    chunk = args.max_num_batched_tokens or 2048
+    need = 1 + blocks_for(model_len, args.block_size, groups, chunk)
+    if need <= num_blocks:
+        return model_len
+    need_gib, have_gib = need * block_bytes / GIB, num_blocks * block_bytes / GIB
+    low, high = 0, model_len  # the longest length that fits, by bisection
+    while low < high:
+        middle = (low + high + 1) // 2
+        if 1 + blocks_for(middle, args.block_size, groups, chunk) <= num_blocks:
+            low = middle
+        else:
+            high = middle - 1
+    if args.max_model_len is not None or low < 1:
+        raise ConfigError(
+            f"one request of {model_len} tokens needs {need_gib:.2f} GiB of KV cache, there is {have_gib:.2f} GiB; "
+            f"use --max-model-len {max(low, 1)} or give the cache more memory (--kv-cache-memory-bytes)"
+        )
+    notes.append(f"max_model_len {low} instead of {model_len}: the KV cache of {have_gib:.2f} GiB holds no more")
+    return low
+
+
+def blocks_for(num_tokens: int, block_size: int, groups: Sequence[KVGroup], chunk: int) -> int:
+    """Blocks that one request of `num_tokens` can hold at once, computed in chunks of at most `chunk` tokens."""
+    total = 0
+    for group in groups:
+        held = num_tokens if group.window is None else min(num_tokens, group.window - 1 + chunk + block_size)
+        total += math.ceil(held / block_size)
+    return total
