@@ -1,0 +1,1 @@
+"""Where weights come from: model names to files, file formats to tensors under Hugging Face names."""

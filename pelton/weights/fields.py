@@ -1,0 +1,150 @@
+"""Typed reading of a JSON object that somebody else wrote: every wrong field is a ModelFormatError that names it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pelton.errors import ModelFormatError
+
+MAX_JSON_BYTES = 64 << 20
+
+T = TypeVar("T")
+# The methods of Fields are named after the types they return, so inside the class the types need other names.
+Int, Float, Str, Bool = int, float, str, bool
+
+
+class Fields:
+    """A view of `values`, the object found at `where` (for messages only).
+
+    A field that is absent or null takes its default; without a default it is an error, except with `optional_...`,
+    which return None. Numbers must lie in [low, high]; true and false are not numbers.
+    """
+
+    def __init__(self, values: Mapping[Str, Any], where: Str = "config.json") -> None:
+        self.values = values
+        self.where = where
+
+    def int(self, name: Str, default: Int | None = None, *, low: Int = 0, high: Int = 1 << 31) -> Int:
+        return self._required(name, self.optional_int(name, low=low, high=high), default)
+
+    def float(
+        self, name: Str, default: Float | None = None, *, low: Float = -math.inf, high: Float = math.inf
+    ) -> Float:
+        return self._required(name, self.optional_float(name, low=low, high=high), default)
+
+    def str(self, name: Str, default: Str | None = None) -> Str:
+        return self._required(name, self.optional_str(name), default)
+
+    def bool(self, name: Str, default: Bool | None = None) -> Bool:
+        return self._required(name, self._typed(name, bool, "true or false"), default)
+
+    def str_list(self, name: Str, default: list[Str] | None = None, *, length: Int | None = None) -> list[Str]:
+        return self._required(name, self._list(name, str, "a list of strings", length), default)
+
+    def optional_int(self, name: Str, *, low: Int = 0, high: Int = 1 << 31) -> Int | None:
+        value = self._typed(name, int, "an integer")
+        return None if value is None else self._in_range(name, value, low, high)
+
+    def optional_float(self, name: Str, *, low: Float = -math.inf, high: Float = math.inf) -> Float | None:
+        value = self._typed(name, (int, float), "a number")
+        if value is None:
+            return None
+        if isinstance(value, int) and abs(value) > 1 << 1000 or not math.isfinite(value):
+            raise self.error(name, "must be a finite number")
+        return self._in_range(name, float(value), low, high)
+
+    def optional_str(self, name: Str) -> Str | None:
+        return self._typed(name, str, "a string")
+
+    def optional_ints(self, name: Str, *, low: Int = 0, high: Int = 1 << 31) -> list[Int] | None:
+        """A list of integers; one integer counts as a list of one (as `eos_token_id` is written)."""
+        value = self.values.get(name)
+        values = [value] if isinstance(value, int) else self._list(name, int, "an integer or a list of integers", None)
+        if values is None:
+            return None
+        return [Fields({name: value}, self.where).int(name, low=low, high=high) for value in values]
+
+    def optional_object(self, name: Str) -> Fields | None:
+        """The nested object of that name."""
+        value = self._typed(name, dict, "an object")
+        return None if value is None else Fields(value, f"{self.where}: {name}")
+
+    def error(self, name: Str, problem: Str) -> ModelFormatError:
+        """The error to raise about the field `name`."""
+        return ModelFormatError(f"{self.where}: field {name} {problem}")
+
+    def _required(self, name: Str, value: T | None, default: T | None) -> T:
+        if value is None:
+            value = default
+        if value is None:
+            raise self.error(name, "is missing")
+        return value
+
+    def _typed(self, name: Str, kind: type | tuple[type, ...], what: Str) -> Any:
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise self.error(name, f"must be {what}, got {shorten(value)}")
+        return value
+
+    def _in_range(self, name: Str, value: Any, low: Any, high: Any) -> Any:
+        if value < low:
+            raise self.error(name, f"must be at least {low}, got {shorten(value)}")
+        if value > high:
+            raise self.error(name, f"must be at most {high}, got {shorten(value)}")
+        return value
+
+    def _list(self, name: Str, kind: type, what: Str, length: Int | None) -> Any:
+        values = self._typed(name, list, what)
+        if values is None:
+            return None
+        for value in values:
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise self.error(name, f"must be {what}, but holds {shorten(value)}")
+        if length is not None and len(values) != length:
+            raise self.error(name, f"must have {length} entries, got {len(values)}")
+        return values
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """`value` as it looks in Python, cut so that a message stays one line."""
+    if isinstance(value, int) and not -(1 << 256) < value < 1 << 256:
+        return "an integer of more than 256 bits"  # Python refuses to print very long integers
+    if isinstance(value, (list, dict)):
+        return f"a {'list' if isinstance(value, list) else 'object'} of {len(value)} entries"
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file; ModelFormatError if it is too large, not JSON, or not an object."""
+    with path.open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise ModelFormatError(f"{path.name} is larger than {MAX_JSON_BYTES >> 20} MiB")
+    return parse_json_object(data, path.name)
+
+
+def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
+    """`data` as a JSON object without duplicate keys; ModelFormatError otherwise."""
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            keys = [key for key, _ in pairs]
+            duplicate = next(key for i, key in enumerate(keys) if key in keys[:i])
+            raise ModelFormatError(f"{where}: key {shorten(duplicate)} occurs twice")
+        return values
+
+    try:
+        values = json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ModelFormatError(f"{where} is not valid JSON: {shorten(str(error), 120)}") from None
+    if not isinstance(values, dict):
+        raise ModelFormatError(f"{where} must hold a JSON object, got {shorten(values)}")
+    return values
