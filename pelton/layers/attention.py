@@ -1,0 +1,77 @@
+"""Causal self-attention with grouped queries over the paged KV cache.
+
+Shapes: T tokens, H query heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pelton import ops
+from pelton.config import KVLayer
+from pelton.layers.batch import Batch
+from pelton.layers.linear import Linear
+from pelton.layers.norm import RMSNorm
+from pelton.layers.rope import Angles
+from pelton.weights.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What one attention layer is made of."""
+
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float  # of scores
+    window: int | None = None  # tokens that a token sees, itself included; None: all before it
+    softcap: float | None = None  # scores s become softcap * tanh(s / softcap)
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    @property
+    def kv_layer(self) -> KVLayer:
+        """What the layer keeps in the KV cache."""
+        return KVLayer(self.window, self.num_kv_heads, self.head_size)
+
+
+class Attention:
+    """softmax(q k^T * scale) v, projected back to d_model."""
+
+    def __init__(
+        self, ckpt: Checkpoint, shape: AttentionShape, layer_id: int,
+        load_head_norm: Callable[[Checkpoint, int], RMSNorm] | None = None,
+    ) -> None:
+        """Read q_proj, k_proj, v_proj, o_proj and, with `load_head_norm`, q_norm and k_norm over each head."""
+        s = self.shape = shape
+        self.layer_id = layer_id
+        q_size, kv_size = s.num_heads * s.head_size, s.num_kv_heads * s.head_size
+        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv = Linear.load(ckpt, parts, s.d_model, bias=s.qkv_bias)
+        self.out = Linear.load(ckpt, {"o_proj": s.d_model}, q_size, bias=s.out_bias)
+        self.head_norms: tuple[RMSNorm, RMSNorm] | None = None
+        if load_head_norm is not None:
+            self.head_norms = (
+                load_head_norm(ckpt.at("q_norm"), s.head_size),
+                load_head_norm(ckpt.at("k_norm"), s.head_size),
+            )
+
+    def __call__(self, x: Tensor, angles: Angles, batch: Batch) -> Tensor:
+        """[T, d_model] -> [T, d_model]; writes the new tokens' keys and values to the cache."""
+        s = self.shape
+        qkv = self.qkv(x).view(x.shape[0], -1, s.head_size)  # [T, H + 2G, D]
+        q, k, v = qkv.split([s.num_heads, s.num_kv_heads, s.num_kv_heads], dim=1)
+        if self.head_norms is not None:
+            q, k = self.head_norms[0](q), self.head_norms[1](k)
+        ops.rope_(q, *angles)
+        ops.rope_(k, *angles)
+        cache, group = batch.kv[self.layer_id]
+        ops.store_kv_(cache, k, v, group.slots)
+        out = ops.paged_attention(
+            q, cache, group.block_table, batch.query_starts, batch.context_lens, s.scale, s.window, s.softcap
+        )
+        return self.out(out.flatten(1))  # [T, H * D] -> [T, d_model]

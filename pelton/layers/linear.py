@@ -1,0 +1,32 @@
+"""Matrix products whose weight comes from a checkpoint, several checkpoint tensors fused into one product."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pelton.quant.layout import LinearWeight, fuse
+from pelton.weights.checkpoint import Checkpoint
+
+
+class Linear:
+    """y = x W^T + b."""
+
+    def __init__(self, weight: LinearWeight, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    @classmethod
+    def load(cls, ckpt: Checkpoint, parts: Mapping[str, int], d_in: int, bias: bool = False) -> Linear:
+        """Read `<part>.weight` [N, d_in] (and `<part>.bias` [N]) of each part and stack them: y = [part | part | ...]."""
+        weight = fuse([ckpt.linear(f"{name}.weight", (d_out, d_in)) for name, d_out in parts.items()])
+        if not bias:
+            return cls(weight)
+        return cls(weight, torch.cat([ckpt.tensor(f"{name}.bias", (d_out,)) for name, d_out in parts.items()]))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, K] -> [T, N]."""
+        y = self.weight.matmul(x)
+        return y if self.bias is None else y.add_(self.bias)

@@ -1,0 +1,53 @@
+"""The architectures: one file each, found by the name in config.json's `architectures`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pelton.config import KVLayer
+from pelton.errors import ModelFormatError
+from pelton.layers.batch import Batch
+from pelton.weights.checkpoint import Checkpoint
+
+# architecture -> "file:class". A new model is one new file and one line here.
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama:Llama",
+    "MistralForCausalLM": "llama:Mistral",
+    "Qwen2ForCausalLM": "qwen:Qwen2",
+    "Qwen3ForCausalLM": "qwen:Qwen3",
+    "Gemma2ForCausalLM": "gemma:Gemma2",
+    "Gemma3ForCausalLM": "gemma:Gemma3",
+    "Gemma3ForConditionalGeneration": "gemma:Gemma3",
+}
+
+
+class Model(Protocol):
+    """A decoder: tokens in, hidden states out, logits of the states that are asked for."""
+
+    @classmethod
+    def kv_layers(cls, config: Mapping[str, Any]) -> list[KVLayer]:
+        """What each attention layer keeps in the KV cache."""
+
+    @classmethod
+    def load(cls, ckpt: Checkpoint) -> Model:
+        """Build the model from its checkpoint; ModelFormatError names what is missing or misshapen."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The last hidden states [T, d_model], normalised."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[M, d_model] -> [M, V] float32."""
+
+
+def find_model(config: Mapping[str, Any]) -> type[Model]:
+    """The class for a config.json; ModelFormatError lists what is known."""
+    names = config.get("architectures") or []
+    for name in names:
+        if name in ARCHITECTURES:
+            module, _, cls = ARCHITECTURES[name].partition(":")
+            return getattr(import_module(f"pelton.models.{module}"), cls)  # type: ignore[no-any-return]
+    raise ModelFormatError(f"architecture {', '.join(names) or '(none)'} is not supported; known: {', '.join(ARCHITECTURES)}")

@@ -1,0 +1,107 @@
+"""Every architecture gives transformers' logits, whichever way the engine cuts the work up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pelton.config import CacheConfig, DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig, make_groups
+from pelton.engine.core import EngineCore
+from pelton.engine.scheduler import Scheduler
+from pelton.engine.step import EngineRequest, TokenLogprobs
+from pelton.models import find_model
+from pelton.runner.kv_cache import KVCache
+from pelton.runner.model_runner import ModelRunner
+from pelton.types import SamplingParams
+
+PROMPT_LEN, NEW_TOKENS, BLOCK_SIZE = 45, 12, 4
+TOLERANCE = 1e-4  # float32, between two orders of the same sums
+
+
+def make_engine(pair: Any, chunk: int = 512, num_blocks: int = 400, prefix_caching: bool = True) -> EngineCore:
+    kv_layers = find_model(pair.config).kv_layers(pair.config)
+    cache = CacheConfig(BLOCK_SIZE, num_blocks, make_groups(kv_layers), prefix_caching)
+    scheduler = SchedulerConfig(8, chunk, 64, 128, True)
+    config = EngineConfig(
+        ModelConfig(("tiny",), "float32", 128, 20), cache, scheduler, DeviceConfig("cpu", 1, False, 0), ()
+    )
+    kv = KVCache(cache, kv_layers, torch.float32, torch.device("cpu"))
+    for layer in kv.layers:
+        layer.fill_(torch.nan)  # whoever reads a slot that was not written is found out
+    return EngineCore(Scheduler(scheduler, cache), ModelRunner(pair.model, kv, config))
+
+
+def prompt(seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 199, (PROMPT_LEN,), generator=generator).tolist()
+
+
+def run(engine: EngineCore, prompts: dict[int, list[int]], **params: Any) -> dict[int, Any]:
+    """Greedy tokens and logprobs of each prompt; every structure is checked after every step."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=0, ignore_eos=True, **params)
+    for request_id, token_ids in prompts.items():
+        engine.submit(EngineRequest(request_id, token_ids, sampling))
+    tokens: dict[int, list[int]] = {i: [] for i in prompts}
+    scores: dict[int, list[float]] = {i: [] for i in prompts}
+    scored_prompts: dict[int, list[TokenLogprobs | None]] = {}
+    while engine.has_work():
+        for update in engine.step():
+            assert update.error is None, update.error
+            tokens[update.request_id] += update.token_ids
+            scores[update.request_id] += [entry.logprobs[0] for entry in update.logprobs or []]
+            if update.prompt_logprobs is not None:
+                scored_prompts[update.request_id] = update.prompt_logprobs
+        engine.scheduler.check()
+    return {i: (tokens[i], torch.tensor(scores[i]), scored_prompts.get(i)) for i in prompts}
+
+
+def test_logits_equal_transformers(pair: Any) -> None:
+    token_ids = prompt()
+    got = run(make_engine(pair), {1: token_ids}, prompt_logprobs=0)[1]
+    with torch.no_grad():
+        expected_tokens = pair.reference.generate(
+            torch.tensor([token_ids]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0]
+        logprobs = torch.log_softmax(pair.reference(expected_tokens[None]).logits[0].float(), dim=-1)
+    expected = logprobs[:-1].gather(1, expected_tokens[1:, None])[:, 0]
+    assert got[0] == expected_tokens[PROMPT_LEN:].tolist()
+    scored = torch.tensor([entry.logprobs[0] for entry in got[2][1:]] + got[1].tolist())
+    torch.testing.assert_close(scored, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.fixture
+def whole(pair: Any) -> tuple[list[int], torch.Tensor]:
+    """The prompt in one chunk, alone: what every other way must give."""
+    tokens, scores, _ = run(make_engine(pair), {1: prompt()})[1]
+    return tokens, scores
+
+
+def assert_same(got: tuple[list[int], torch.Tensor, Any], whole: tuple[list[int], torch.Tensor]) -> None:
+    assert got[0] == whole[0]
+    torch.testing.assert_close(got[1], whole[1], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16])
+def test_chunked_equals_whole(pair: Any, whole: Any, chunk: int) -> None:
+    assert_same(run(make_engine(pair, chunk=chunk), {1: prompt()})[1], whole)
+
+
+def test_prefix_hit_equals_miss(pair: Any, whole: Any) -> None:
+    engine = make_engine(pair)
+    run(engine, {1: prompt()})
+    assert_same(run(engine, {2: prompt()})[2], whole)
+    assert engine.scheduler.stats().prefix_hits > 0
+
+
+def test_preempted_equals_not(pair: Any, whole: Any) -> None:
+    windowed = len(make_groups(find_model(pair.config).kv_layers(pair.config)))
+    engine = make_engine(pair, chunk=32, num_blocks=1 + 25 * windowed, prefix_caching=False)
+    results = run(engine, {i: prompt(seed) for i, seed in ((1, 5), (2, 0), (3, 6))})
+    assert engine.scheduler.stats().num_preemptions > 0
+    assert_same(results[2], whole)
+
+
+def test_in_a_batch_equals_alone(pair: Any, whole: Any) -> None:
+    assert_same(run(make_engine(pair, chunk=40), {i: prompt(i) for i in (3, 1, 0, 2)})[0], whole)
