@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from pelton.errors import ModelFormatError
 
@@ -14,7 +14,10 @@ MAX_JSON_BYTES = 64 << 20
 
 T = TypeVar("T")
 # The methods of Fields are named after the types they return, so inside the class the types need other names.
-Int, Float, Str, Bool = int, float, str, bool
+Int: TypeAlias = int
+Float: TypeAlias = float
+Str: TypeAlias = str
+Bool: TypeAlias = bool
 
 
 class Fields:
@@ -40,7 +43,8 @@ class Fields:
         return self._required(name, self.optional_str(name), default)
 
     def bool(self, name: Str, default: Bool | None = None) -> Bool:
-        return self._required(name, self._typed(name, bool, "true or false"), default)
+        value: Bool | None = self._typed(name, bool, "true or false")
+        return self._required(name, value, default)
 
     def str_list(self, name: Str, default: list[Str] | None = None, *, length: Int | None = None) -> list[Str]:
         return self._required(name, self._list(name, str, "a list of strings", length), default)
@@ -55,10 +59,12 @@ class Fields:
             return None
         if isinstance(value, int) and abs(value) > 1 << 1000 or not math.isfinite(value):
             raise self.error(name, "must be a finite number")
-        return self._in_range(name, float(value), low, high)
+        number: Float = self._in_range(name, float(value), low, high)
+        return number
 
     def optional_str(self, name: Str) -> Str | None:
-        return self._typed(name, str, "a string")
+        value: Str | None = self._typed(name, str, "a string")
+        return value
 
     def optional_ints(self, name: Str, *, low: Int = 0, high: Int = 1 << 31) -> list[Int] | None:
         """A list of integers; one integer counts as a list of one (as `eos_token_id` is written)."""
@@ -117,7 +123,7 @@ def shorten(value: object, limit: int = 60) -> str:
         return "an integer of more than 256 bits"  # Python refuses to print very long integers
     if isinstance(value, (list, dict)):
         return f"a {'list' if isinstance(value, list) else 'object'} of {len(value)} entries"
-    text = repr(value)
+    text = repr(value[: limit + 1] if isinstance(value, str) else value)
     return text if len(text) <= limit else text[:limit] + "..."
 
 

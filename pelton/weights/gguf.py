@@ -13,7 +13,6 @@ the field. The file is mapped, not read: `data` costs nothing until it is used.
 from __future__ import annotations
 
 import math
-import mmap
 import re
 import struct
 from collections.abc import Mapping
@@ -25,8 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pelton.errors import ModelFormatError
-from pelton.weights.fields import shorten
+from pelton.weights.fields import Fields, shorten
 from pelton.weights.inside import child
+from pelton.weights.stored import BlockType, Buffer, StoredTensor, map_file
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -41,15 +41,6 @@ MAX_ALIGNMENT = 64 << 10
 MAX_SPLITS = 10_000
 
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf")
-
-
-@dataclass(frozen=True)
-class BlockType:
-    """How a tensor's weights are stored: blocks of `block_size` weights in `block_bytes` bytes (see quant/gguf.py)."""
-
-    name: str
-    block_size: int
-    block_bytes: int
 
 
 BLOCK_TYPES = {
@@ -83,20 +74,6 @@ UINT32 = 4
 
 
 @dataclass(frozen=True)
-class GGUFTensor:
-    """Where one tensor lies. `shape` is outermost dimension first, as everywhere in Python."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: BlockType
-    data: npt.NDArray[np.uint8]  # a view of the mapped file: shape[:-1] rows of whole blocks, one after the other
-
-    @property
-    def num_weights(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
 class GGUFFile:
     """A parsed file, or all parts of a split one as if they were one file.
 
@@ -105,24 +82,23 @@ class GGUFFile:
 
     paths: tuple[Path, ...]
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, GGUFTensor]
+    tensors: Mapping[str, StoredTensor]
 
 
 def open_gguf(path: Path) -> GGUFFile:
     """Open a GGUF file; of a split one (`name-00001-of-00003.gguf`) open all parts, whichever is given."""
     paths = split_paths(path)
-    first, tensors = parse_gguf(_map(paths[0]), paths[0].name)
+    first, tensors = parse_gguf(map_file(paths[0]), paths[0].name)
     _check_split(first, 0, len(paths), paths[0].name)
     for index, part in enumerate(paths[1:], start=1):
-        metadata, more = parse_gguf(_map(part), part.name)
+        metadata, more = parse_gguf(map_file(part), part.name)
         _check_split(metadata, index, len(paths), part.name)
         if twice := tensors.keys() & more.keys():
             raise ModelFormatError(f"{part.name}: tensor {min(twice)} is in an earlier part too")
         tensors.update(more)
-    if first.get("split.tensors.count", len(tensors)) != len(tensors):
-        raise ModelFormatError(
-            f"{path.name}: split.tensors.count is {first['split.tensors.count']}, but the parts hold {len(tensors)}"
-        )
+    expected = Fields(first, path.name).int("split.tensors.count", len(tensors))
+    if expected != len(tensors):
+        raise ModelFormatError(f"{path.name}: split.tensors.count is {expected}, but there are {len(tensors)} tensors")
     return GGUFFile(paths, first, tensors)
 
 
@@ -139,24 +115,15 @@ def split_paths(path: Path) -> tuple[Path, ...]:
 
 
 def _check_split(metadata: Mapping[str, Any], index: int, count: int, where: str) -> None:
-    for key, value in (("split.no", index), ("split.count", count)):
-        default = value if count == 1 else None  # a file that is not split need not say so
-        if metadata.get(key, default) not in (value, 0 if count == 1 else value):
-            raise ModelFormatError(
-                f"{where}: {key} is {shorten(metadata.get(key))}, expected {value}; give the first part under its own name"
-            )
+    fields = Fields(metadata, where)
+    found = fields.int("split.no", 0), fields.int("split.count", 0)
+    if found != (index, count) and not (count == 1 and found == (0, 0)):  # a whole file need not say that it is one
+        raise ModelFormatError(
+            f"{where}: split.no and split.count are {found}, the file's name says {(index, count)}; restore the name"
+        )
 
 
-def _map(path: Path) -> mmap.mmap:
-    """The file as memory. Private and writable: torch warns about read-only buffers; nothing writes to it."""
-    with path.open("rb") as file:
-        try:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except ValueError:  # an empty file cannot be mapped
-            raise ModelFormatError(f"{path.name} is empty") from None
-
-
-def parse_gguf(buffer: mmap.mmap | bytes, where: str) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+def parse_gguf(buffer: Buffer, where: str) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """Metadata and tensors of one file's bytes; `where` names it in errors."""
     reader = _Reader(buffer, where)
     num_tensors, num_entries = _read_head(reader)
@@ -168,7 +135,7 @@ def parse_gguf(buffer: mmap.mmap | bytes, where: str) -> tuple[dict[str, Any], d
 class _Reader:
     """A position in a buffer that never passes the buffer's end."""
 
-    def __init__(self, buffer: mmap.mmap | bytes, where: str) -> None:
+    def __init__(self, buffer: Buffer, where: str) -> None:
         self.buffer = buffer
         self.size = len(buffer)
         self.where = where
@@ -279,7 +246,7 @@ def _read_strings(reader: _Reader, what: str, count: int) -> list[str]:
     """An array of strings: the one loop that has to be quick, vocabularies have hundreds of thousands."""
     left = reader.size - reader.position
     if count > reader.strings_left or count * 8 > left:
-        raise reader.error(f"{what} has {count} strings, too many (at most {reader.strings_left}; {left} bytes are left)")
+        raise reader.error(f"{what} has {count} strings, too many: at most {reader.strings_left}, {left} bytes left")
     reader.strings_left -= count
     buffer, size, position = reader.buffer, reader.size, reader.position
     unpack = struct.Struct("<Q").unpack_from
@@ -305,7 +272,8 @@ def _alignment(reader: _Reader, metadata: Mapping[str, tuple[int, Any]]) -> int:
     kind, value = metadata.get("general.alignment", (UINT32, DEFAULT_ALIGNMENT))
     if kind != UINT32 or not 1 <= value <= MAX_ALIGNMENT or value & (value - 1):
         raise reader.error(
-            f"general.alignment must be a power of two up to {MAX_ALIGNMENT} as uint32, got {shorten(value)} of type {kind}"
+            f"general.alignment must be a power of two up to {MAX_ALIGNMENT} as uint32, "
+            f"got {shorten(value)} of type {kind}"
         )
     return int(value)
 
@@ -324,7 +292,7 @@ class _Entry:
     num_bytes: int
 
 
-def _read_tensors(reader: _Reader, count: int, alignment: int) -> dict[str, GGUFTensor]:
+def _read_tensors(reader: _Reader, count: int, alignment: int) -> dict[str, StoredTensor]:
     entries: dict[str, _Entry] = {}
     for index in range(count):
         entry = _read_entry(reader, index, alignment)
@@ -335,7 +303,7 @@ def _read_tensors(reader: _Reader, count: int, alignment: int) -> dict[str, GGUF
     _check_ranges(reader, entries.values(), reader.size - data_start)
     whole = np.frombuffer(reader.buffer, np.uint8)
     return {
-        e.name: GGUFTensor(e.name, e.shape, e.type, whole[data_start + e.offset :][: e.num_bytes])
+        e.name: StoredTensor(e.name, e.shape, e.type, whole[data_start + e.offset :][: e.num_bytes])
         for e in entries.values()
     }
 
@@ -357,7 +325,9 @@ def _read_entry(reader: _Reader, index: int, alignment: int) -> _Entry:
         )
     type = BLOCK_TYPES[type_id]
     if 0 in dims or dims[0] % type.block_size:
-        raise reader.error(f"{what} has dimensions {dims}: none may be 0, the first must be whole blocks of {type.block_size}")
+        raise reader.error(
+            f"{what} has dimensions {dims}: none may be 0, the first must be a multiple of {type.block_size}"
+        )
     offset = reader.uint(8, f"offset of {what}")
     if offset % alignment:
         raise reader.error(f"{what} has offset {offset}, which is not a multiple of the alignment {alignment}")

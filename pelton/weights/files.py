@@ -1,0 +1,122 @@
+"""From a path to the files of a model: which they are, what they say about it, and how much room it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pelton.errors import ModelFormatError, ModelNotFoundError
+from pelton.weights.fields import Fields, read_json
+from pelton.weights.gguf import SPLIT_NAME, GGUFFile, open_gguf
+from pelton.weights.gguf_config import config_from_gguf, generation_config_from_gguf
+from pelton.weights.gguf_names import ARCHITECTURES, ROPE_FACTORS, Architecture, hf_name
+from pelton.weights.hf_names import text_tensors
+from pelton.weights.inside import child
+from pelton.weights.safetensors import find_shards, open_safetensors
+from pelton.weights.stored import StoredTensor
+
+# Formats of Python objects: reading one can run code that is hidden in it, so none is ever opened.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk. `config` and `generation_config` are in Hugging Face's terms for both formats."""
+
+    root: Path
+    weights: tuple[Path, ...]  # *.safetensors or *.gguf, all parts in order
+    format: str  # "safetensors" or "gguf"
+    config: dict[str, Any]
+    generation_config: dict[str, Any] = field(default_factory=dict)  # {} if there is none
+    gguf: GGUFFile | None = None
+
+    @property
+    def gguf_architecture(self) -> Architecture | None:
+        """What the GGUF file says it holds; None for safetensors."""
+        return None if self.gguf is None else ARCHITECTURES[self.gguf.metadata["general.architecture"]]
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The weights under Hugging Face's names. Headers are read and checked here, data when it is used."""
+        if self.gguf is None:
+            return text_tensors(open_safetensors(self.weights))
+        architecture = ARCHITECTURES[self.gguf.metadata["general.architecture"]]
+        stored = [tensor for name, tensor in self.gguf.tensors.items() if name != ROPE_FACTORS]
+        return {hf_name(tensor.name, architecture): tensor for tensor in stored}
+
+    def optional(self, name: str) -> Path | None:
+        """The file `name` of the model's folder, if it is there."""
+        path = self.root / name
+        return child(self.root, name) if path.exists() or path.is_symlink() else None
+
+
+def open_model(path: Path) -> ModelFiles:
+    """Open a .gguf file, or a folder that holds config.json and safetensors, or one GGUF.
+
+    Raises ModelNotFoundError if there is nothing, ModelFormatError if it is not a model that can be read.
+    """
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise ModelNotFoundError(f"{path} does not exist")
+    if path.suffix.lower() == ".gguf":
+        return _open_gguf(path)
+    _refuse_pickles(path.name, [path])
+    raise ModelFormatError(f"{path} is not a model: give a .gguf file, or the folder that holds config.json")
+
+
+def weight_bytes(files: ModelFiles) -> dict[str, int]:
+    """The memory that the weights take in each compute dtype, in bytes."""
+    num_weights = sum(tensor.num_weights for tensor in files.tensors.values())
+    return {"float32": 4 * num_weights, "bfloat16": 2 * num_weights, "float16": 2 * num_weights}
+
+
+def _open_folder(folder: Path) -> ModelFiles:
+    if shards := find_shards(folder):
+        config = _text_config(read_json(child(folder, "config.json")))
+        files = ModelFiles(folder, shards, "safetensors", config)
+        if generation := files.optional("generation_config.json"):
+            files.generation_config.update(read_json(generation))
+        return files
+    if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
+        models = sorted({match["stem"] if (match := SPLIT_NAME.fullmatch(name)) else name for name in ggufs})
+        if len(models) > 1:
+            raise ModelFormatError(f"{folder} holds several GGUF models, give one file of {', '.join(models)}")
+        return _open_gguf(child(folder, ggufs[0]))
+    _refuse_pickles(str(folder), folder.iterdir())
+    raise ModelNotFoundError(f"{folder} holds no model: neither .safetensors nor .gguf files")
+
+
+def _open_gguf(path: Path) -> ModelFiles:
+    file = open_gguf(path)
+    config = config_from_gguf(file, path.name)
+    return ModelFiles(path.parent, file.paths, "gguf", config, generation_config_from_gguf(file, path.name), file)
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json with the text part of a model that also sees merged up, and newer names beside the older ones."""
+    text = Fields(config).optional_object("text_config")
+    if text is not None:
+        config = {**config, **text.values, "architectures": config.get("architectures")}
+    config.setdefault("torch_dtype", config.get("dtype"))
+    fields = Fields(config)
+    fields.str_list("architectures", [])
+    fields.optional_str("model_type")
+    fields.optional_str("torch_dtype")
+    fields.optional_ints("eos_token_id")
+    quantization = fields.optional_object("quantization_config")
+    if quantization is not None:
+        method = quantization.str("quant_method", "unknown")
+        raise fields.error("quantization_config", f"says {method}, which is not supported; use the original or a GGUF")
+    return config
+
+
+def _refuse_pickles(where: str, paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.suffix.lower() in PICKLES:
+            raise ModelFormatError(
+                f"{where}: {path.name} is a pickle, which can run code when read; convert the model to safetensors"
+            )
