@@ -85,6 +85,7 @@ class Environment:
     num_threads: int | None = None  # OMP_NUM_THREADS
     cache_dir: str | None = None  # PELTON_CACHE
     log_level: str = "INFO"  # VLLM_LOGGING_LEVEL
+    uv_index_urls: tuple[str, ...] = ()  # UV_INDEX, UV_EXTRA_INDEX_URL, UV_DEFAULT_INDEX, UV_INDEX_URL; pip reads PIP_*
 
     @staticmethod
     def read(environ: Mapping[str, str] | None = None) -> Environment:
@@ -100,6 +101,11 @@ class Environment:
             num_threads=int(threads) if threads else None,
             cache_dir=environ.get("PELTON_CACHE") or None,
             log_level=environ.get("VLLM_LOGGING_LEVEL", "INFO").upper(),
+            uv_index_urls=tuple(
+                url.partition("=")[2] if "://" in url.partition("=")[2] else url  # "name=url"
+                for name in ("UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL")
+                for url in environ.get(name, "").split()
+            ),
         )
 
 
@@ -115,7 +121,8 @@ def _parse_kv_space(text: str) -> int | None:
         raise ConfigError(f"VLLM_CPU_KVCACHE_SPACE={text} is not a size; give a number of GiB, for example 4")
     if gib >= 1024:
         raise ConfigError(
-            f"VLLM_CPU_KVCACHE_SPACE={text} would be {gib:g} GiB; the unit is GiB, so for {gib:g} MB write {gib / 1024:g}"
+            f"VLLM_CPU_KVCACHE_SPACE={text} would be {gib:g} GiB; the unit is GiB, so for {gib:g} MB write "
+            f"{gib / 1024:g}"
         )
     return int(gib * GIB) or None
 
@@ -293,7 +300,8 @@ def _context_length(args: EngineArgs, model_config: Mapping[str, Any]) -> int:
         return trained
     if args.max_model_len > trained:
         raise ConfigError(
-            f"--max-model-len {args.max_model_len} exceeds the {trained} tokens the model was made for; use {trained} or less"
+            f"--max-model-len {args.max_model_len} exceeds the {trained} tokens the model was made for; use {trained} "
+            "or less"
         )
     return args.max_model_len
 
@@ -323,8 +331,8 @@ def _kv_bytes(
         share = args.gpu_memory_utilization * device.free_bytes - weight_bytes - GIB  # 1 GiB to compute in
     if share <= 0:
         raise ConfigError(
-            f"the weights need {weight_bytes / GIB:.1f} GiB and {device.name} has {device.free_bytes / GIB:.1f} GiB free; "
-            "use a smaller model or a quantised one"
+            f"the weights need {weight_bytes / GIB:.1f} GiB and {device.name} has {device.free_bytes / GIB:.1f} GiB "
+            "free; use a smaller model or a quantised one"
         )
     return int(share)
 
