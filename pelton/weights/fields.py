@@ -140,11 +140,11 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     """`data` as a JSON object without duplicate keys; ModelFormatError otherwise."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            keys = [key for key, _ in pairs]
-            duplicate = next(key for i, key in enumerate(keys) if key in keys[:i])
-            raise ModelFormatError(f"{where}: key {shorten(duplicate)} occurs twice")
+        values: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in values:
+                raise ModelFormatError(f"{where}: key {shorten(key)} occurs twice")
+            values[key] = value
         return values
 
     try:

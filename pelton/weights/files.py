@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pelton.errors import ModelFormatError, ModelNotFoundError
-from pelton.weights.fields import Fields, read_json
+from pelton.weights.fields import Fields, read_json, shorten
 from pelton.weights.gguf import SPLIT_NAME, GGUFFile, open_gguf
 from pelton.weights.gguf_config import config_from_gguf, generation_config_from_gguf
-from pelton.weights.gguf_names import ARCHITECTURES, ROPE_FACTORS, Architecture, hf_name
+from pelton.weights.gguf_names import ARCHITECTURES, Architecture, hf_tensors
 from pelton.weights.hf_names import text_tensors
 from pelton.weights.inside import child
 from pelton.weights.safetensors import find_shards, open_safetensors
@@ -20,6 +20,18 @@ from pelton.weights.stored import StoredTensor
 
 # Formats of Python objects: reading one can run code that is hidden in it, so none is ever opened.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+# The largest sizes that are believed: far above every model there is, far below what would exhaust the machine.
+MAX_SIZES = {
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 30,
+}
 
 
 @dataclass(frozen=True)
@@ -41,11 +53,9 @@ class ModelFiles:
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """The weights under Hugging Face's names. Headers are read and checked here, data when it is used."""
-        if self.gguf is None:
+        if self.gguf is None or self.gguf_architecture is None:
             return text_tensors(open_safetensors(self.weights))
-        architecture = ARCHITECTURES[self.gguf.metadata["general.architecture"]]
-        stored = [tensor for name, tensor in self.gguf.tensors.items() if name != ROPE_FACTORS]
-        return {hf_name(tensor.name, architecture): tensor for tensor in stored}
+        return hf_tensors(self.gguf.tensors, self.gguf_architecture)
 
     def optional(self, name: str) -> Path | None:
         """The file `name` of the model's folder, if it is there."""
@@ -81,7 +91,8 @@ def _open_folder(folder: Path) -> ModelFiles:
         if generation := files.optional("generation_config.json"):
             files.generation_config.update(read_json(generation))
         return files
-    if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
+    # "mmproj" files hold the vision part of a model, in a format of their own.
+    if ggufs := sorted(path.name for path in folder.glob("*.gguf") if not path.name.startswith("mmproj")):
         models = sorted({match["stem"] if (match := SPLIT_NAME.fullmatch(name)) else name for name in ggufs})
         if len(models) > 1:
             raise ModelFormatError(f"{folder} holds several GGUF models, give one file of {', '.join(models)}")
@@ -92,7 +103,7 @@ def _open_folder(folder: Path) -> ModelFiles:
 
 def _open_gguf(path: Path) -> ModelFiles:
     file = open_gguf(path)
-    config = config_from_gguf(file, path.name)
+    config = _checked(config_from_gguf(file, path.name), path.name)
     return ModelFiles(path.parent, file.paths, "gguf", config, generation_config_from_gguf(file, path.name), file)
 
 
@@ -102,15 +113,22 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     if text is not None:
         config = {**config, **text.values, "architectures": config.get("architectures")}
     config.setdefault("torch_dtype", config.get("dtype"))
-    fields = Fields(config)
+    quantization = Fields(config).optional_object("quantization_config")
+    if quantization is not None:
+        method = shorten(quantization.str("quant_method", "unknown"))
+        raise Fields(config).error("quantization_config", f"is {method}: not supported; use the original or a GGUF")
+    return _checked(config, "config.json")
+
+
+def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """`config`, if the fields that everybody reads have the right types and sizes that can be."""
+    fields = Fields(config, where)
     fields.str_list("architectures", [])
     fields.optional_str("model_type")
     fields.optional_str("torch_dtype")
     fields.optional_ints("eos_token_id")
-    quantization = fields.optional_object("quantization_config")
-    if quantization is not None:
-        method = quantization.str("quant_method", "unknown")
-        raise fields.error("quantization_config", f"says {method}, which is not supported; use the original or a GGUF")
+    for name, limit in MAX_SIZES.items():
+        fields.optional_int(name, low=1, high=limit)
     return config
 
 

@@ -37,11 +37,10 @@ def config_from_gguf(file: GGUFFile, where: str) -> dict[str, Any]:
     }
     if name.startswith("gemma"):
         config.update(_gemma(name, fields, config))
-    elif name == "llama":
+    else:
+        config["hidden_act"] = "silu"
         config["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
         config["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
-    elif name == "qwen3":
-        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     return config
 
 
@@ -78,7 +77,6 @@ def _shape(fields: Fields) -> dict[str, Any]:
         "intermediate_size": fields.int("feed_forward_length", low=1),
         "max_position_embeddings": fields.int("context_length", low=1),
         "rms_norm_eps": fields.float("attention.layer_norm_rms_epsilon", low=0),
-        "hidden_act": "silu",
     }
 
 

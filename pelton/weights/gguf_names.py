@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from pelton.errors import ModelFormatError
 from pelton.weights.fields import shorten
+from pelton.weights.stored import StoredTensor
 
-# Read as config["rope_freq_factors"], see gguf_config.py.
-ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"  # read as config["rope_freq_factors"], see gguf_config.py
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
@@ -54,7 +54,15 @@ ARCHITECTURES = {
 }
 
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9]\d{0,5})\.([a-z_]+)\.(weight|bias)")
+_COMPUTED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 _TOP_NAME = re.compile(r"([a-z_]+)\.(weight|bias)")
+
+
+def hf_tensors(tensors: Mapping[str, StoredTensor], architecture: Architecture) -> dict[str, StoredTensor]:
+    """The tensors under the names they have in a Hugging Face checkpoint."""
+    return {
+        hf_name(name, architecture): tensor for name, tensor in tensors.items() if not _COMPUTED.fullmatch(name)
+    }
 
 
 def hf_name(name: str, architecture: Architecture) -> str:

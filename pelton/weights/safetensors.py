@@ -80,11 +80,11 @@ def parse_safetensors(buffer: Buffer, where: str) -> dict[str, StoredTensor]:
     data = np.frombuffer(buffer, np.uint8, offset=0)[8 + length :]
     tensors: dict[str, StoredTensor] = {}
     end = 0
-    for begin, name in sorted((_range(entry, name, where)[0], name) for name, entry in header.items()):
-        tensors[name] = _tensor(name, header[name], data, where)
+    for (begin, stop), name in sorted((_range(entry, name, where), name) for name, entry in header.items()):
         if begin != end:
             raise ModelFormatError(f"{where}: tensor {shorten(name)} begins at byte {begin} of the data, not at {end}")
-        end = _range(header[name], name, where)[1]
+        tensors[name] = _tensor(name, header[name], data, where)
+        end = stop
     if end != len(data):
         raise ModelFormatError(f"{where}: the tensors end at byte {end} of the data, the file at {len(data)}")
     return tensors
