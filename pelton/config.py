@@ -292,8 +292,9 @@ def _choose_dtype(
 def _context_length(args: EngineArgs, model_config: Mapping[str, Any]) -> int:
     """Tokens the model can attend to: what was asked, held against what it was trained for."""
     trained = int(model_config.get("max_position_embeddings") or 2048)
-    scaling = model_config.get("rope_scaling") or {}
-    if scaling.get("rope_type", scaling.get("type")) in ("linear", "dynamic", "yarn"):
+    scaling = model_config.get("rope_scaling") or model_config.get("rope_parameters") or {}
+    is_scaled_already = str(model_config.get("model_type")).startswith("gemma3")
+    if scaling.get("rope_type", scaling.get("type")) in ("linear", "yarn") and not is_scaled_already:
         original = int(scaling.get("original_max_position_embeddings") or trained)
         trained = max(trained, int(original * float(scaling.get("factor", 1.0))))
     if args.max_model_len is None:

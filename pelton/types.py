@@ -147,6 +147,9 @@ class SamplingParams:
             self.stop = []
         elif isinstance(self.stop, str):
             self.stop = [self.stop]
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "logprob_token_ids"):
+            if not isinstance(getattr(self, name), (list, tuple, set, type(None))):
+                raise RequestError(f"{name} must be a list, got {getattr(self, name)!r}", name)
         self.stop_token_ids = list(self.stop_token_ids or [])
         self.bad_words = list(self.bad_words or [])
         if self.seed == -1:
@@ -161,8 +164,6 @@ class SamplingParams:
             if self.structured_outputs is not None:
                 raise RequestError("give structured_outputs or guided_decoding, not both", "guided_decoding")
             self.structured_outputs = self.guided_decoding
-        if 0.0 < self.temperature < GREEDY_TEMPERATURE:
-            self.temperature = 0.0
 
     def _check_floats(self) -> None:
         _check_float("temperature", self.temperature, 0.0, math.inf)
@@ -212,7 +213,7 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is always taken."""
-        return self.temperature < GREEDY_TEMPERATURE
+        return self.temperature < GREEDY_TEMPERATURE  # dividing by less would overflow
 
     @property
     def stop_strings(self) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pelton import ops
@@ -64,7 +65,7 @@ class Attention:
         """[T, d_model] -> [T, d_model]; writes the new tokens' keys and values to the cache."""
         s = self.shape
         qkv = self.qkv(x).view(x.shape[0], -1, s.head_size)  # [T, H + 2G, D]
-        q, k, v = qkv.split([s.num_heads, s.num_kv_heads, s.num_kv_heads], dim=1)
+        q, k, v = torch.split(qkv, [s.num_heads, s.num_kv_heads, s.num_kv_heads], dim=1)
         if self.head_norms is not None:
             q, k = self.head_norms[0](q), self.head_norms[1](k)
         ops.rope_(q, *angles)

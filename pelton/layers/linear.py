@@ -20,7 +20,7 @@ class Linear:
 
     @classmethod
     def load(cls, ckpt: Checkpoint, parts: Mapping[str, int], d_in: int, bias: bool = False) -> Linear:
-        """Read `<part>.weight` [N, d_in] (and `<part>.bias` [N]) of each part and stack them: y = [part | part | ...]."""
+        """Read each part's `.weight` [N, d_in] (and `.bias` [N]) and stack them: y = [part | part | ...]."""
         weight = fuse([ckpt.linear(f"{name}.weight", (d_out, d_in)) for name, d_out in parts.items()])
         if not bias:
             return cls(weight)

@@ -50,4 +50,5 @@ def find_model(config: Mapping[str, Any]) -> type[Model]:
         if name in ARCHITECTURES:
             module, _, cls = ARCHITECTURES[name].partition(":")
             return getattr(import_module(f"pelton.models.{module}"), cls)  # type: ignore[no-any-return]
-    raise ModelFormatError(f"architecture {', '.join(names) or '(none)'} is not supported; known: {', '.join(ARCHITECTURES)}")
+    asked = ", ".join(names) or "(none)"
+    raise ModelFormatError(f"architecture {asked} is not supported; known: {', '.join(ARCHITECTURES)}")

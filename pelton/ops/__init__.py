@@ -159,3 +159,8 @@ def _attend(
             scores = scores.masked_fill(~mask, -torch.inf)
         out = (torch.softmax(scores, dim=-1) @ value.float()).to(query.dtype)
     return out[0].transpose(0, 1)  # [T, H, D]
+
+
+from pelton.ops import cpu  # noqa: E402  (backends import the declarations above)
+
+cpu.register_kernels()

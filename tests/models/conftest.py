@@ -23,6 +23,7 @@ SMALL: dict[str, Any] = {
 GEMMA = {"sliding_window": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 24, "num_hidden_layers": 4}
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 GEMMA3_ROPE = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
@@ -32,7 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "llama-tied-biased": ("LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama3-rope": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE}),
-    "llama-linear-rope": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama-linear-rope": ("LlamaConfig", {"rope_parameters": LINEAR_ROPE}),
     "llama-yarn-rope": ("LlamaConfig", {"rope_parameters": YARN_ROPE}),
     "mistral": ("MistralConfig", {"sliding_window": 8}),
     "mistral-full": ("MistralConfig", {"sliding_window": None}),

@@ -18,7 +18,7 @@ VOCAB = 50
 def state(prompt: list[int] | None = None, output: list[int] | None = None, request_id: int = 1,
           request: dict[str, Any] | None = None, **params: Any) -> RequestState:
     made = RequestState(
-        EngineRequest(request_id, prompt or [1, 2, 3], SamplingParams(**params), eos_token_ids=(0,), **(request or {})), 1
+        EngineRequest(request_id, prompt or [1, 2, 3], SamplingParams(**params), (0,), **(request or {})), num_groups=1
     )
     made.token_ids += output or []
     return made
@@ -72,7 +72,7 @@ def test_seed_decides_alone() -> None:
 
 def test_uniform_is_uniform() -> None:
     values = torch.tensor([uniform(3, i) for i in range(20000)])
-    assert 0 <= float(values.min()) and float(values.max()) < 1
+    assert float(values.min()) >= 0 and float(values.max()) < 1
     histogram = torch.histc(values, bins=20, min=0, max=1)
     assert float((histogram - 1000).abs().max()) < 150
 

@@ -1,0 +1,131 @@
+"""Every "auto" is decided from the model and the machine, and what cannot work is refused with figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pelton.config import (
+    GIB,
+    DeviceFacts,
+    EngineArgs,
+    EngineConfig,
+    Environment,
+    KVLayer,
+    blocks_for,
+    make_groups,
+    resolve,
+)
+from pelton.errors import ConfigError
+
+CPU = DeviceFacts("cpu", "a CPU", free_bytes=16 * GIB, has_fast_bf16=True, num_cores=4)
+MODEL = {"max_position_embeddings": 1024, "torch_dtype": "bfloat16"}
+LAYERS = [KVLayer(None, 4, 64)] * 8
+WEIGHTS = {"float32": 4 * GIB, "bfloat16": 2 * GIB, "float16": 2 * GIB}
+
+
+def decide(args: dict[str, Any] | None = None, model: dict[str, Any] | None = None, device: DeviceFacts = CPU,
+           env: Environment | None = None, layers: list[KVLayer] | None = None) -> EngineConfig:
+    return resolve(EngineArgs(**(args or {})), model or MODEL, layers or LAYERS, WEIGHTS, device, env or Environment())
+
+
+@pytest.mark.parametrize(
+    ("trained", "fast", "kind", "dtype"),
+    [
+        ("bfloat16", True, "cpu", "bfloat16"),
+        ("float16", True, "cpu", "bfloat16"),
+        ("float16", True, "cuda", "float16"),
+        ("float32", True, "cpu", "bfloat16"),
+        ("bfloat16", False, "cpu", "float32"),
+        ("bfloat16", False, "cuda", "float32"),
+    ],
+)
+def test_dtype(trained: str, fast: bool, kind: str, dtype: str) -> None:
+    config = decide(model={**MODEL, "torch_dtype": trained}, device=replace(CPU, kind=kind, has_fast_bf16=fast))
+    assert config.model.dtype == dtype
+    assert any(dtype in note for note in config.notes)
+
+
+def test_dtype_as_asked() -> None:
+    assert decide({"dtype": "half"}).model.dtype == "float16"
+
+
+def test_context_length() -> None:
+    assert decide().model.max_model_len == 1024
+    assert decide({"max_model_len": 100}).model.max_model_len == 100
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    assert decide(model={**MODEL, "rope_scaling": scaling}).model.max_model_len == 4096
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 128}
+    assert decide(model={**MODEL, "rope_scaling": llama3}).model.max_model_len == 1024
+    with pytest.raises(ConfigError, match="use 1024 or less"):
+        decide({"max_model_len": 1025})
+
+
+def test_context_that_the_memory_cannot_hold() -> None:
+    block_bytes = 16 * 2 * 4 * 64 * 2 * 8
+    small = {"kv_cache_memory_bytes": 21 * block_bytes}
+    config = decide(small)
+    assert config.model.max_model_len == 320  # 20 blocks of 16 tokens beside the null block
+    assert any("320 instead of 1024" in note for note in config.notes)
+    with pytest.raises(ConfigError, match="--max-model-len 320"):
+        decide({**small, "max_model_len": 321})
+    assert decide({**small, "max_model_len": 320}).cache.num_blocks == 21
+
+
+def test_cache_is_no_larger_than_its_use() -> None:
+    assert decide({"max_num_seqs": 2}).cache.num_blocks == 1 + 2 * (1024 // 16 + 1)
+
+
+def test_groups_are_of_one_size() -> None:
+    gemma = [KVLayer(None if i % 6 == 5 else 512, 1, 256) for i in range(18)]
+    groups = make_groups(gemma)
+    assert [group.window for group in groups] == [None, 512, 512, 512, 512, 512]
+    assert {len(group.layer_ids) for group in groups} == {3}
+    assert sorted(i for group in groups for i in group.layer_ids) == list(range(18))
+    assert blocks_for(4000, 16, groups, chunk=100) == 250 + 5 * -(-(511 + 100 + 16) // 16)
+
+
+def test_environment() -> None:
+    env = Environment.read({"VLLM_USE_MODELSCOPE": "True", "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": "3,1"})
+    assert env.use_modelscope and env.cpu_kv_cache_bytes == 2 * GIB and env.num_threads == 3
+    assert all(Environment.read({"VLLM_USE_MODELSCOPE": value}).use_modelscope for value in ("1", "true", "True"))
+    assert not Environment.read({"VLLM_USE_MODELSCOPE": "0"}).use_modelscope
+    assert Environment.read({"VLLM_CPU_KVCACHE_SPACE": "0"}).cpu_kv_cache_bytes is None
+    assert decide(env=env).device.num_threads == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("VLLM_CPU_KVCACHE_SPACE", "4096", "for 4096 MB write 4"),
+        ("VLLM_CPU_KVCACHE_SPACE", "-1", "GiB"),
+        ("VLLM_CPU_KVCACHE_SPACE", "lots", "GiB"),
+        ("OMP_NUM_THREADS", "0", "OMP_NUM_THREADS"),
+    ],
+)
+def test_environment_that_cannot_work(name: str, value: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        Environment.read({name: value})
+
+
+def test_cache_space_beyond_the_memory() -> None:
+    with pytest.raises(ConfigError, match=r"100\.0 GiB, but only 14\.0 GiB"):
+        decide(env=Environment(cpu_kv_cache_bytes=100 * GIB))
+
+
+def test_weights_beyond_the_memory() -> None:
+    with pytest.raises(ConfigError, match=r"weights need 2\.0 GiB and a CPU has 1\.0 GiB"):
+        decide(device=replace(CPU, free_bytes=GIB))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [{"dtype": "int3"}, {"device": "tpu"}, {"tensor_parallel_size": 2}, {"block_size": 12}, {"block_size": 0},
+     {"gpu_memory_utilization": 0.0}, {"max_num_seqs": 0}, {"max_model_len": -5}],
+)
+def test_arguments_that_cannot_work(args: dict[str, Any]) -> None:
+    name = next(iter(args))
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}"):
+        EngineArgs(**args)

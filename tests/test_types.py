@@ -1,0 +1,69 @@
+"""SamplingParams accepts what both generations of vLLM accept, and names the field that is wrong."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from pelton.errors import RequestError
+from pelton.types import GuidedDecodingParams, SamplingParams, StructuredOutputsParams
+
+
+def test_defaults_are_vllms() -> None:
+    params = SamplingParams()
+    assert (params.n, params.temperature, params.top_p, params.top_k, params.max_tokens) == (1, 1.0, 1.0, 0, 16)
+    assert params.stop == [] and params.stop_token_ids == [] and not params.is_greedy
+
+
+def test_other_spellings_are_normalised() -> None:
+    assert SamplingParams(stop="x").stop == ["x"]
+    assert SamplingParams(top_k=-1).top_k == 0
+    assert SamplingParams(seed=-1).seed is None
+    assert SamplingParams(temperature=1e-7).is_greedy and not SamplingParams(temperature=1e-3).is_greedy
+    assert SamplingParams(logit_bias={"5": 200.0}).logit_bias == {5: 100.0}  # type: ignore[dict-item]
+    assert SamplingParams.from_optional(temperature=None, top_p=0.5, max_tokens=None) == SamplingParams(
+        top_p=0.5, max_tokens=None
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[(f, v) for f in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty",
+                           "repetition_penalty") for v in (math.nan, math.inf, -math.inf, "1", True)],
+        ("temperature", -0.1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.5),
+        ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("repetition_penalty", 0.0),
+        ("n", 0), ("n", 1.5), ("n", True), ("top_k", -2), ("max_tokens", -1), ("min_tokens", -1), ("min_tokens", 17),
+        ("seed", -2), ("seed", 1 << 64), ("logprobs", -2), ("logprobs", True), ("prompt_logprobs", -2),
+        ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2), ("best_of", 0), ("stop", ""), ("stop", ["a", ""]),
+        ("bad_words", [" "]), ("bad_words", "x"), ("stop", 5), ("stop_token_ids", [-1]), ("stop_token_ids", [1.0]), ("allowed_token_ids", []),
+        ("logprob_token_ids", list(range(129))), ("logit_bias", {"x": 1.0}), ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {1: math.nan}), ("thinking_token_budget", -1), ("stream_interval", 0),
+    ],
+)
+def test_what_is_out_of_range_is_named(field: str, value: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**{field: value})
+    assert caught.value.param == field
+    assert isinstance(caught.value, ValueError)
+    assert "\n" not in str(caught.value)
+
+
+def test_both_names_of_structured_outputs() -> None:
+    old = SamplingParams(guided_decoding=GuidedDecodingParams(choice=["a", "b"]))
+    assert old.structured_outputs is old.guided_decoding
+    assert old.clone(n=2).structured_outputs is old.guided_decoding
+    with pytest.raises(RequestError, match="not both"):
+        SamplingParams(
+            guided_decoding=GuidedDecodingParams(regex="a"), structured_outputs=StructuredOutputsParams(regex="b")
+        )
+    with pytest.raises(RequestError, match="exactly one"):
+        StructuredOutputsParams(regex="a", choice=["b"])
+
+
+def test_clone_checks_again() -> None:
+    assert SamplingParams(seed=3).clone(n=2) == SamplingParams(seed=3, n=2)
+    with pytest.raises(RequestError):
+        SamplingParams().clone(top_p=2.0)
