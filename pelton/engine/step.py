@@ -22,6 +22,7 @@ class EngineRequest:
     eos_token_ids: tuple[int, ...] = ()  # end-of-text ids of the model; the engine stops on them unless ignore_eos
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()  # params.bad_words as tokens
     think_token_ids: tuple[int, int] | None = None  # (start, end of thinking), for thinking_token_budget
+    grammar: str | None = None  # params.structured_outputs as one grammar
     priority: int = 0  # lower goes first
     cache_salt: str = ""  # requests share cached prefixes only within one salt
     arrival_time: float = 0.0  # seconds, time.monotonic()

@@ -9,6 +9,7 @@ from pelton.config import EngineConfig
 from pelton.engine.step import Chunk, StepPlan, StepResult, TokenLogprobs
 from pelton.models import Model
 from pelton.runner.batch import build_batch
+from pelton.runner.grammar import Grammars
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.logprobs import NON_FINITE, token_logprobs
 from pelton.runner.requests import RequestState, RequestTable
@@ -20,12 +21,12 @@ LOGITS_ROWS = 256  # rows of prompt logits made at once: 256 x 262,144 float32 a
 class ModelRunner:
     """A model, its KV cache and its sampler on one device. Implements `engine.core.Runner`."""
 
-    def __init__(self, model: Model, kv: KVCache, config: EngineConfig) -> None:
+    def __init__(self, model: Model, kv: KVCache, config: EngineConfig, grammars: Grammars | None = None) -> None:
         self.model = model
         self.kv = kv
         self.device = kv.layers[0].device
         self.requests = RequestTable(len(kv.groups))
-        self.sampler = Sampler(config.device.seed)
+        self.sampler = Sampler(config.device.seed, grammars)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pelton.engine.step import Chunk, EngineRequest, StepPlan
+from pelton.runner.grammar import GrammarState
 
 
 class RequestState:
@@ -13,6 +14,7 @@ class RequestState:
         self.num_prompt = len(request.prompt_token_ids)
         self.token_ids = list(request.prompt_token_ids)  # the prompt, then what was sampled
         self.tables: list[list[int]] = [[] for _ in range(num_groups)]  # block ids, for each KV group
+        self.grammar: GrammarState | None = None  # made by the sampler when the request has a grammar
 
     @property
     def output_ids(self) -> list[int]:

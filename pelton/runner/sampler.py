@@ -1,7 +1,7 @@
 """From logits to the next token of each request.
 
-The steps, in vLLM's order: forbidden tokens are masked (allowed ids, bad words, min_tokens, thinking budget), biases
-and penalties added, then temperature, min_p, top_k and top_p, then one draw. A draw depends on the request's seed and
+The steps, in vLLM's order: forbidden tokens are masked (grammar, allowed ids, bad words, min_tokens), biases and
+penalties added, a spent thinking budget ends the thinking, then temperature, min_p, top_k and top_p, then one draw. A draw depends on the request's seed and
 on how many tokens it has, and on nothing else: not on the batch, not on preemption.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pelton.engine.step import EngineRequest, TokenLogprobs
+from pelton.runner.grammar import Grammars
 from pelton.runner.logprobs import NON_FINITE, token_logprobs
 from pelton.runner.requests import RequestState
 from pelton.types import LogitsProcessor, SamplingParams
@@ -29,14 +30,16 @@ FIRST_TOP = 1024  # candidates sorted first for top_p; nearly always they hold i
 class Sampler:
     """Chooses the next tokens. `seed` is the engine's, for requests that bring none."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, grammars: Grammars | None = None) -> None:
         self.seed = seed
+        self.grammars = grammars
 
     def __call__(self, states: Sequence[RequestState], logits: Tensor) -> list[Sample | str]:
         """For each request's logits [M, V]: the token and the logprobs asked for, or why there is none."""
         finite = torch.isfinite(logits).all(dim=-1).tolist()
         raw = logits.clone() if any(_wants_logprobs(state.request.params) for state in states) else logits
         for row, state in zip(logits, states, strict=True):
+            self._constrain_(row, state)
             _adjust_(row, state)
         best, tokens = (t.tolist() for t in logits.max(dim=-1))
         samples: list[Sample | str] = []
@@ -54,6 +57,16 @@ class Sampler:
                 logprobs = token_logprobs(raw[i : i + 1], [token_id], params.logprobs or 0, params.logprob_token_ids)[0]
             samples.append((token_id, logprobs))
         return samples
+
+    def _constrain_(self, logits: Tensor, state: RequestState) -> None:
+        """Forbid what the request's grammar does not allow next."""
+        if state.request.grammar is None:
+            return
+        if state.grammar is None:
+            if self.grammars is None:
+                raise RuntimeError("this engine was built without grammars")
+            state.grammar = self.grammars.start(state.request.grammar, len(logits))
+        state.grammar.mask_(logits, state.output_ids)
 
     def _draw(self, logits: Tensor, state: RequestState) -> int:
         """One token from adjusted logits [V]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -38,15 +39,22 @@ def prompt(seed: int = 0) -> list[int]:
     return torch.randint(3, 199, (PROMPT_LEN,), generator=generator).tolist()
 
 
-def run(engine: EngineCore, prompts: dict[int, list[int]], **params: Any) -> dict[int, Any]:
-    """Greedy tokens and logprobs of each prompt; every structure is checked after every step."""
+def run(
+    engine: EngineCore, prompts: dict[int, list[int]], preempt_at: tuple[int, ...] = (), **params: Any
+) -> dict[int, Any]:
+    """Greedy tokens and logprobs of each prompt; every structure is checked after every step. Before the steps
+    `preempt_at` the engine is made to take the blocks of the request that ranks last."""
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=0, ignore_eos=True, **params)
     for request_id, token_ids in prompts.items():
         engine.submit(EngineRequest(request_id, token_ids, sampling))
     tokens: dict[int, list[int]] = {i: [] for i in prompts}
     scores: dict[int, list[float]] = {i: [] for i in prompts}
     scored_prompts: dict[int, list[TokenLogprobs | None]] = {}
-    while engine.has_work():
+    for step in itertools.count():
+        if not engine.has_work():
+            break
+        if step in preempt_at:
+            engine.scheduler._preempt_last()
         for update in engine.step():
             assert update.error is None, update.error
             tokens[update.request_id] += update.token_ids
@@ -92,15 +100,16 @@ def test_prefix_hit_equals_miss(pair: Any, whole: Any) -> None:
     engine = make_engine(pair)
     run(engine, {1: prompt()})
     assert_same(run(engine, {2: prompt()})[2], whole)
-    assert engine.scheduler.stats().prefix_hits > 0
+    assert engine.scheduler.stats().prefix_cache_hits > 0
 
 
 def test_preempted_equals_not(pair: Any, whole: Any) -> None:
-    windowed = len(make_groups(find_model(pair.config).kv_layers(pair.config)))
-    engine = make_engine(pair, chunk=32, num_blocks=1 + 25 * windowed, prefix_caching=False)
-    results = run(engine, {i: prompt(seed) for i, seed in ((1, 5), (2, 0), (3, 6))})
-    assert engine.scheduler.stats().num_preemptions > 0
-    assert_same(results[2], whole)
+    """In the middle of the prompt, and twice between generated tokens; once with a prefix to find again."""
+    for prefix_caching in (False, True):
+        engine = make_engine(pair, chunk=32, prefix_caching=prefix_caching)
+        results = run(engine, {1: prompt(5), 2: prompt()}, preempt_at=(2, 7, 9))
+        assert engine.scheduler.stats().num_preemptions == 3
+        assert_same(results[2], whole)
 
 
 def test_in_a_batch_equals_alone(pair: Any, whole: Any) -> None:

@@ -1,0 +1,54 @@
+"""Keeps the output of a request inside its grammar: a mask of the tokens that may come next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+
+class GrammarState:
+    """Where one request stands in its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+        self.num_consumed = 0
+
+    def mask_(self, logits: Tensor, output_ids: Sequence[int]) -> None:
+        """Forbid in logits [V] every token that the grammar does not allow after `output_ids`.
+
+        Repeating a step consumes nothing twice. RuntimeError if the grammar cannot go on.
+        """
+        self.matcher.consume_tokens(list(output_ids[self.num_consumed :]))
+        self.num_consumed = len(output_ids)
+        bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+        if self.matcher.is_error():
+            raise RuntimeError(f"the grammar cannot go on: {self.matcher.get_error()}")
+        allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(logits)]).bool()
+        logits.masked_fill_(~allowed.to(logits.device), -torch.inf)
+
+
+class Grammars:
+    """Makes the grammar states of one model; its tokenizer is prepared when the first is asked for."""
+
+    def __init__(self, tokenizer_json: Callable[[], str], eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer_json = tokenizer_json
+        self._eos_token_ids = list(eos_token_ids)
+        self._tokenizer: LLTokenizer | None = None
+
+    def start(self, grammar: str, vocab_size: int) -> GrammarState:
+        """The state at the beginning of a grammar, for logits of `vocab_size` tokens."""
+        from llguidance import LLMatcher, LLTokenizer
+
+        if self._tokenizer is None:
+            self._tokenizer = LLTokenizer(self._tokenizer_json(), n_vocab=vocab_size, eos_token=self._eos_token_ids)
+        matcher = LLMatcher(self._tokenizer, grammar)
+        if matcher.is_error():
+            raise RuntimeError(f"the grammar cannot be used: {matcher.get_error()}")
+        return GrammarState(matcher)
