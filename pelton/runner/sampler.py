@@ -1,8 +1,9 @@
 """From logits to the next token of each request.
 
 The steps, in vLLM's order: forbidden tokens are masked (grammar, allowed ids, bad words, min_tokens), biases and
-penalties added, a spent thinking budget ends the thinking, then temperature, min_p, top_k and top_p, then one draw. A draw depends on the request's seed and
-on how many tokens it has, and on nothing else: not on the batch, not on preemption.
+penalties added, a spent thinking budget ends the thinking, then temperature, min_p, top_k and top_p, then one draw.
+A draw depends on the request's seed and on how many tokens it has, and on nothing else: not on the batch, not on
+preemption.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ def _lower(constraint: StructuredOutputsParams) -> str:
     if constraint.choice is not None:
         if not constraint.choice or not all(isinstance(text, str) and text for text in constraint.choice):
             raise ValueError("choice must be a list of non-empty texts")
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in constraint.choice))
+        choices = [json.dumps(text, ensure_ascii=False) for text in constraint.choice]
+        return LLMatcher.grammar_from_lark(f"start: {' | '.join(choices)}")
     if constraint.grammar is not None:
         return grammar_from("grammar", constraint.grammar)
     return _structural_tag(str(constraint.structural_tag))

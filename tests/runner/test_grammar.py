@@ -1,0 +1,69 @@
+"""A constrained request only ever produces what its grammar allows, and ends when the grammar does."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from pelton.engine.step import EngineRequest
+from pelton.runner.grammar import Grammars
+from pelton.runner.requests import RequestState
+from pelton.runner.sampler import Sampler
+from pelton.text.grammar import compile_grammar
+from pelton.types import SamplingParams, StructuredOutputsParams
+
+EOS, VOCAB = 0, 270  # logits are wider than the vocabulary, as in many checkpoints
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({"<end>": EOS} | {c: i + 1 for i, c in enumerate(alphabet)}, []))
+    made.add_special_tokens(["<end>"])
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+def generate(tokenizer: Tokenizer, constraint: dict[str, Any], seed: int, max_tokens: int = 60) -> tuple[str, bool]:
+    """Text sampled from random logits within the constraint, and whether it came to its end."""
+    params = SamplingParams(seed=seed, structured_outputs=StructuredOutputsParams(**constraint))
+    grammar = compile_grammar(StructuredOutputsParams(**constraint))
+    state = RequestState(EngineRequest(1, [5], params, (EOS,), grammar=grammar), 1)
+    sampler = Sampler(0, Grammars(tokenizer.to_str, [EOS]))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(max_tokens):
+        logits = torch.randn(1, VOCAB, generator=generator)
+        again = sampler([state], logits.clone())  # a step that is run twice consumes nothing twice
+        sample = sampler([state], logits)[0]
+        assert sample == again[0] and isinstance(sample, tuple)
+        state.token_ids.append(sample[0])
+        if sample[0] == EOS:
+            return tokenizer.decode(state.output_ids), True
+    return tokenizer.decode(state.output_ids), False
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_choice_and_regex(tokenizer: Tokenizer, seed: int) -> None:
+    assert generate(tokenizer, {"choice": ["yes", "no", "maybé"]}, seed) in [(c, True) for c in ("yes", "no", "maybé")]
+    text, ended = generate(tokenizer, {"regex": "[0-9]{3}-[a-f]{2}"}, seed)
+    assert ended and len(text) == 6 and text[:3].isdigit() and set(text[4:]) <= set("abcdef")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_json_schema(tokenizer: Tokenizer, seed: int) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}, "b": {"type": "boolean"}}, "required": ["a", "b"],
+              "additionalProperties": False}
+    text, ended = generate(tokenizer, {"json": schema, "disable_any_whitespace": True}, seed)
+    value = json.loads(text)
+    assert ended and value["a"] in (1, 2) and value["b"] in (True, False) and " " not in text
+
+
+def test_an_engine_without_grammars_does_not_drop_the_constraint() -> None:
+    state = RequestState(EngineRequest(1, [5], SamplingParams(), (EOS,), grammar='start: "a"'), 1)
+    with pytest.raises(RuntimeError, match="without grammars"):
+        Sampler(0)([state], torch.zeros(1, VOCAB))
