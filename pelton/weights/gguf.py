@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ MAX_ALIGNMENT = 64 << 10
 MAX_SPLITS = 10_000
 
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf")
-
 
 BLOCK_TYPES = {
     0: BlockType("F32", 1, 4),
@@ -166,11 +165,8 @@ class _Reader:
         if length > limit:
             raise self.error(f"{what} is {length} bytes long, more than {limit}")
         start = self.need(length, what)
-        return self.decode(self.buffer[start : start + length], what)
-
-    def decode(self, data: bytes, what: str) -> str:
         try:
-            return str(data, "utf-8")
+            return str(self.buffer[start : start + length], "utf-8")
         except UnicodeDecodeError as error:
             raise self.error(f"{what} is not UTF-8: {error.reason} at byte {error.start}") from None
 
@@ -179,11 +175,11 @@ def _read_head(reader: _Reader) -> tuple[int, int]:
     """Check magic and version; return the numbers of tensors and of metadata entries."""
     start = reader.need(4, "magic")
     if reader.buffer[start : start + 4] != MAGIC:
-        raise reader.error("is not a GGUF file: it does not start with GGUF")
+        raise reader.error("this is not a GGUF file, it does not begin with GGUF")
     version = reader.uint(4, "version")
     if version not in (2, 3):
         if version & 0xFFFF == 0:
-            raise reader.error("is a big-endian GGUF file; convert it to little-endian")
+            raise reader.error("this is a big-endian GGUF file; convert it to little-endian")
         raise reader.error(f"version {version} is not supported; versions 2 and 3 are: convert the model again")
     num_tensors, num_entries = reader.uint(8, "tensor count"), reader.uint(8, "metadata count")
     left = reader.size - reader.position
@@ -323,19 +319,19 @@ def _read_entry(reader: _Reader, index: int, alignment: int) -> _Entry:
             f"{what} has type {OTHER_TYPES.get(type_id, type_id)}, which is not supported; "
             f"supported are {', '.join(type.name for type in BLOCK_TYPES.values())}"
         )
-    type = BLOCK_TYPES[type_id]
-    if 0 in dims or dims[0] % type.block_size:
+    block = BLOCK_TYPES[type_id]
+    if 0 in dims or dims[0] % block.block_size:
         raise reader.error(
-            f"{what} has dimensions {dims}: none may be 0, the first must be a multiple of {type.block_size}"
+            f"{what} has dimensions {dims}: none may be 0, the first must be a multiple of {block.block_size}"
         )
     offset = reader.uint(8, f"offset of {what}")
     if offset % alignment:
         raise reader.error(f"{what} has offset {offset}, which is not a multiple of the alignment {alignment}")
-    num_bytes = math.prod(dims) // type.block_size * type.block_bytes
-    return _Entry(name, tuple(reversed(dims)), type, offset, num_bytes)
+    num_bytes = math.prod(dims) // block.block_size * block.block_bytes
+    return _Entry(name, tuple(reversed(dims)), block, offset, num_bytes)
 
 
-def _check_ranges(reader: _Reader, entries: Any, num_bytes: int) -> None:
+def _check_ranges(reader: _Reader, entries: Iterable[_Entry], num_bytes: int) -> None:
     """Each tensor lies inside the file's data, and no two overlap."""
     end, before = 0, ""
     for entry in sorted(entries, key=lambda entry: entry.offset):
