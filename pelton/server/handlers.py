@@ -1,0 +1,182 @@
+"""POST /v1/chat/completions, /v1/completions, /tokenize, /detokenize: a request in, a Generation or an answer out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from pelton.errors import RequestError
+from pelton.server.backend import Backend
+from pelton.server.generation import Generation, cache_salt, new_id, respond, usage_options
+from pelton.server.logprobs import TokenNames
+from pelton.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    TokenizeRequest,
+    validate,
+)
+from pelton.server.replies import ChatReply, CompletionReply, EncodedPrompt
+from pelton.server.service import Service
+from pelton.types import SamplingParams
+
+
+async def chat_completions(http: Request) -> Response:
+    """POST /v1/chat/completions"""
+    service: Service = http.app.state.service
+    llm = service.backend()
+    request = ChatRequest.parse(http.state.json, service.settings.limits)
+    model = service.check_model(request.model)
+    params = request.to_sampling_params(llm.prompts.generation_defaults)
+    token_ids = await _encode_chat(service, llm, request)
+    reply = ChatReply(
+        _token_names(service, llm, request),
+        n=params.n,
+        role=_role(service, request),
+        num_top=params.logprobs,
+        echo=_last_text(request) if request.echo else "",
+    )
+    include_usage, continuous_usage = usage_options(request)
+    generation = Generation(
+        id=new_id("chatcmpl"),
+        model=model,
+        prompts=[EncodedPrompt(token_ids)],
+        params=params,
+        reply=reply,
+        priority=request.priority,
+        cache_salt=cache_salt(request, getattr(http.state, "key_id", "")),
+        include_usage=include_usage,
+        continuous_usage=continuous_usage,
+    )
+    return await respond(service, generation, request.stream)
+
+
+async def completions(http: Request) -> Response:
+    """POST /v1/completions"""
+    service: Service = http.app.state.service
+    llm = service.backend()
+    request = CompletionRequest.parse(http.state.json, service.settings.limits)
+    model = service.check_model(request.model)
+    params = request.to_sampling_params(llm.prompts.generation_defaults)
+    prompts = await _encode(llm, request, params, request.prompts(service.settings.limits))
+    reply = CompletionReply(
+        _token_names(service, llm, request),
+        prompts,
+        n=params.n,
+        logprobs=request.logprobs is not None,
+        prompt_logprobs=request.prompt_logprobs is not None,
+        echo=request.echo,
+        hide_output=request.max_tokens == 0,
+        skip_special_tokens=params.skip_special_tokens,
+    )
+    include_usage, continuous_usage = usage_options(request)
+    generation = Generation(
+        id=new_id("cmpl"),
+        model=model,
+        prompts=prompts,
+        params=params,
+        reply=reply,
+        hide_output=request.max_tokens == 0,
+        priority=request.priority,
+        cache_salt=cache_salt(request, getattr(http.state, "key_id", "")),
+        include_usage=include_usage,
+        continuous_usage=continuous_usage,
+    )
+    return await respond(service, generation, request.stream)
+
+
+async def tokenize(http: Request) -> Response:
+    """POST /tokenize"""
+    service: Service = http.app.state.service
+    llm = service.backend()
+    request = validate(TokenizeRequest, http.state.json)
+    service.check_model(request.model)
+    if (request.prompt is None) == (request.messages is None):
+        raise RequestError("give prompt or messages", "prompt")
+    if request.messages is not None:
+        token_ids = await _encode_chat(service, llm, request)
+    else:
+        special = request.add_special_tokens is not False
+        token_ids = await asyncio.to_thread(
+            llm.prompts.encode, request.prompt or "", SamplingParams(), add_special_tokens=special
+        )
+    reply = {"count": len(token_ids), "max_model_len": llm.info.max_model_len, "tokens": token_ids}
+    if request.return_token_strs:
+        reply["token_strs"] = [llm.tokenizer.token_text(token_id) for token_id in token_ids]
+    return JSONResponse(reply)
+
+
+async def detokenize(http: Request) -> Response:
+    """POST /detokenize"""
+    service: Service = http.app.state.service
+    llm = service.backend()
+    request = validate(DetokenizeRequest, http.state.json)
+    service.check_model(request.model)
+    largest = llm.tokenizer.vocab_size - 1
+    if not all(0 <= token_id <= largest for token_id in request.tokens):
+        raise RequestError(f"tokens must be in [0, {largest}]", "tokens")
+    text = await asyncio.to_thread(llm.tokenizer.decode, request.tokens, skip_special_tokens=False)
+    return JSONResponse({"prompt": text})
+
+
+async def _encode_chat(service: Service, llm: Backend, request: ChatRequest | TokenizeRequest) -> list[int]:
+    if request.chat_template is not None and not service.settings.trust_request_chat_template:
+        raise RequestError(
+            "chat_template from a client is refused; the server allows it with --trust-request-chat-template",
+            "chat_template",
+        )
+    options: dict[str, Any] = {
+        "add_generation_prompt": request.add_generation_prompt,
+        "continue_final_message": request.continue_final_message,
+        "tools": request.tools,
+        "documents": request.documents if isinstance(request, ChatRequest) else None,
+        "chat_template": request.chat_template,
+        "add_special_tokens": bool(request.add_special_tokens),
+        "template_kwargs": dict(request.chat_template_kwargs),
+    }
+    effort = (request.model_extra or {}).get("reasoning_effort")
+    if isinstance(effort, str):
+        options["template_kwargs"].setdefault("reasoning_effort", effort)
+    return await asyncio.to_thread(llm.prompts.encode_chat, request.messages or [], **options)
+
+
+async def _encode(
+    llm: Backend, request: CompletionRequest, params: SamplingParams, prompts: Sequence[str | list[int]]
+) -> list[EncodedPrompt]:
+    special = request.add_special_tokens is not False
+
+    def encode_all() -> list[EncodedPrompt]:
+        return [
+            EncodedPrompt(
+                llm.prompts.encode(prompt, params, add_special_tokens=special),
+                prompt if isinstance(prompt, str) else None,
+            )
+            for prompt in prompts
+        ]
+
+    return await asyncio.to_thread(encode_all)
+
+
+def _token_names(service: Service, llm: Backend, request: GenerateRequest) -> TokenNames:
+    as_ids = request.return_tokens_as_token_ids
+    return TokenNames(llm.tokenizer, service.settings.return_tokens_as_token_ids if as_ids is None else as_ids)
+
+
+def _role(service: Service, request: ChatRequest) -> str:
+    """Who speaks: the server's role, or the one whose message is being continued."""
+    if request.add_generation_prompt:
+        return service.settings.response_role
+    role = request.messages[-1].get("role")
+    return role if isinstance(role, str) else service.settings.response_role
+
+
+def _last_text(request: ChatRequest) -> str:
+    """The last message's text, if it is of the role that speaks: vLLM's `echo` puts it before the answer."""
+    last = request.messages[-1]
+    content = last.get("content")
+    return content if last.get("role") == "assistant" and isinstance(content, str) else ""
