@@ -1,0 +1,1 @@
+"""The engine: which request computes what, in which KV blocks, in each step. Policy over plain data; no torch."""

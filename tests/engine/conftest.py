@@ -1,0 +1,121 @@
+"""An engine with a fake runner, checked after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import pytest
+
+from pelton.config import CacheConfig, KVGroup, SchedulerConfig
+from pelton.engine.core import run_isolated
+from pelton.engine.fake import FakeRunner
+from pelton.engine.scheduler import Scheduler
+from pelton.engine.step import EngineRequest, StepPlan, TokenLogprobs, Update
+from pelton.types import SamplingParams
+
+
+@dataclass
+class Story:
+    """All that was reported of one request."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0
+    scheduled_times: list[float] = field(default_factory=list)
+
+    def tell(self, update: Update) -> None:
+        assert self.finish_reason is None, f"request {update.request_id} goes on after its last update"
+        assert update.token_ids or update.prompt_logprobs or update.finish_reason, "an update that says nothing"
+        self.token_ids += update.token_ids
+        self.logprobs += update.logprobs or []
+        if update.prompt_logprobs is not None:
+            assert self.prompt_logprobs is None, f"request {update.request_id} got its prompt_logprobs twice"
+            self.prompt_logprobs = update.prompt_logprobs
+        if update.scheduled_time is not None:
+            self.scheduled_times.append(update.scheduled_time)
+        self.num_cached_tokens = update.num_cached_tokens
+        self.finish_reason, self.stop_reason, self.error = update.finish_reason, update.stop_reason, update.error
+
+
+class Engine:
+    """A scheduler and a fake runner. `stories` holds what was reported, by request id."""
+
+    def __init__(
+        self,
+        windows: Iterable[int | None] = (None,),
+        block_size: int = 4,
+        num_blocks: int = 129,
+        caching: bool = True,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 32,
+        max_waiting: int = 100,
+        max_model_len: int = 128,
+        chunked: bool = True,
+    ) -> None:
+        groups = tuple(KVGroup(window, (layer,)) for layer, window in enumerate(windows))
+        self.cache = CacheConfig(block_size, num_blocks, groups, caching)
+        self.config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_waiting, max_model_len, chunked)
+        self.now = 0.0
+        self.scheduler = Scheduler(self.config, self.cache, lambda: self.now)
+        self.runner = FakeRunner(self.cache)
+        self.stories: dict[int, Story] = {}
+        self.seen: set[int] = set()  # requests that were new in a plan
+
+    def submit(self, prompt: list[int], *, priority: int = 0, salt: str = "", eos: tuple[int, ...] = (),
+               script: Iterable[int] = (), **params: object) -> int:
+        """Add a request; returns its id. `script` is what it is made to generate."""
+        request_id = len(self.stories)
+        spec = EngineRequest(request_id, prompt, SamplingParams(**params), eos, priority=priority, cache_salt=salt)
+        self.scheduler.add(spec)
+        self.runner.scripts[request_id] = list(script)
+        self.stories[request_id] = Story()
+        return request_id
+
+    def step(self, while_running: Callable[[], None] = lambda: None) -> StepPlan:
+        """One step, with everything checked; `while_running` is called between schedule() and commit()."""
+        stats = self.scheduler.stats()
+        plan = self.scheduler.schedule()
+        assert plan.chunks or not stats.num_running + stats.num_waiting, "a step without progress"
+        self._check_plan(plan)
+        self.scheduler.check()
+        while_running()
+        result = run_isolated(self.runner, plan)
+        assert not self.runner.faults, self.runner.faults
+        for update in self.scheduler.commit(plan, result):
+            self.stories[update.request_id].tell(update)
+        self.scheduler.check()
+        self.now += 1.0
+        return plan
+
+    def finish(self) -> dict[int, Story]:
+        """Step until nothing is left to do; everything must be given back."""
+        while self.scheduler.has_work():
+            self.step()
+        self.step()  # tells the runner who is gone
+        assert not self.runner.request_ids, "the runner keeps state of requests that ended"
+        stats = self.scheduler.stats()
+        assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (0, 0, 0.0)
+        assert all(story.finish_reason for story in self.stories.values())
+        return self.stories
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        ids = [chunk.request_id for chunk in plan.chunks]
+        new = {spec.request_id for spec in plan.new}
+        assert len(ids) == len(set(ids)) <= self.config.max_num_seqs
+        assert sum(chunk.num_tokens for chunk in plan.chunks) <= self.config.max_num_batched_tokens
+        assert all(chunk.num_tokens > 0 for chunk in plan.chunks)
+        assert not new & self.seen, "a request is new twice"
+        self.seen |= new
+        assert set(ids) <= self.seen, "a chunk of a request that the runner does not know"
+        assert set(plan.gone) <= self.seen, "a request is gone that never was"
+        assert not set(plan.gone) & set(ids)
+
+
+@pytest.fixture
+def make_engine() -> type[Engine]:
+    return Engine

@@ -1,0 +1,71 @@
+"""EngineCore and run_isolated: one request's failure is its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from pelton.config import CacheConfig, KVGroup, SchedulerConfig
+from pelton.engine.core import EngineCore, run_isolated
+from pelton.engine.fake import FakeRunner
+from pelton.engine.scheduler import Scheduler
+from pelton.engine.step import EngineRequest, StepPlan
+from pelton.types import SamplingParams
+
+
+@pytest.fixture
+def core() -> EngineCore:
+    cache = CacheConfig(4, 50, (KVGroup(None, (0,)), KVGroup(6, (1,))), True)
+    return EngineCore(Scheduler(SchedulerConfig(8, 64, 10, 64, True), cache), FakeRunner(cache))
+
+
+def test_requests_from_submission_to_their_last_token(core: EngineCore) -> None:
+    for request_id in range(3):
+        core.submit(EngineRequest(request_id, [request_id] * 5, SamplingParams(max_tokens=3)))
+    updates = [core.step() for _ in range(3)]
+    assert [[u.request_id for u in step] for step in updates] == [[0, 1, 2]] * 3
+    assert [u.finish_reason for u in updates[-1]] == ["length"] * 3
+    assert not core.has_work()
+
+
+@pytest.mark.parametrize("culprits", [{0}, {4}, {1, 2}, {0, 1, 2, 3, 4}])
+def test_a_failing_request_is_found_and_ended_alone(core: EngineCore, culprits: set[int]) -> None:
+    for request_id in range(5):
+        core.submit(EngineRequest(request_id, [request_id] * 5, SamplingParams(max_tokens=3)))
+    core.step()
+    core.runner.raises |= culprits
+    failed = {u.request_id: u.error for u in core.step() if u.finish_reason == "error"}
+    assert set(failed) == culprits
+    assert all(error and "injected failure" in error and "\n" not in error for error in failed.values())
+    assert {u.request_id for u in core.step()} == {0, 1, 2, 3, 4} - culprits
+    core.scheduler.check()
+
+
+def test_abort_is_reported_once_by_the_next_step(core: EngineCore) -> None:
+    core.submit(EngineRequest(7, [1, 2, 3], SamplingParams(max_tokens=30)))
+    core.step()
+    core.abort(7)
+    core.abort(7)
+    core.abort(8)
+    assert core.has_work()
+    assert [(u.request_id, u.finish_reason) for u in core.step()] == [(7, "abort")]
+    assert not core.has_work()
+
+
+def test_running_a_plan_twice_gives_the_same_result(core: EngineCore) -> None:
+    for request_id in range(3):
+        core.submit(EngineRequest(request_id, [request_id] * 5, SamplingParams(max_tokens=3)))
+    for _ in range(2):
+        plan = core.scheduler.schedule()
+        first, second = core.runner.run(plan), core.runner.run(plan)
+        assert first == second
+        core.scheduler.commit(plan, second)
+    assert not core.runner.faults
+
+
+def test_a_runner_that_fails_without_work_is_broken(core: EngineCore) -> None:
+    class Broken:
+        def run(self, plan: StepPlan) -> None:
+            raise RuntimeError("no device")
+
+    with pytest.raises(RuntimeError, match="no device"):
+        run_isolated(Broken(), StepPlan(1, (), (), ()))
