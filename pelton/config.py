@@ -342,7 +342,7 @@ def _fit_context(
     args: EngineArgs, groups: Sequence[KVGroup], num_blocks: int, model_len: int, block_bytes: int, notes: list[str]
 ) -> int:
     """The context length that one request alone can fill with `num_blocks` blocks."""
-    chunk = args.max_num_batched_tokens or 2048
+    chunk = (args.max_num_batched_tokens or 2048) if args.enable_chunked_prefill else model_len
     need = 1 + blocks_for(model_len, args.block_size, groups, chunk)
     if need <= num_blocks:
         return model_len
