@@ -19,11 +19,11 @@ class BlockPool:
 
     Each block is in one of three states:
 
-    | state  | holders | key         | kept in                                         |
-    |--------|---------|-------------|-------------------------------------------------|
-    | used   | >= 1    | if it is full | tables of requests                            |
-    | cached | 0       | yes         | `_cached`, the least recently released one first |
-    | blank  | 0       | no          | `_blank`                                        |
+    | state  | holders | key             | kept in                                          |
+    |--------|---------|-----------------|--------------------------------------------------|
+    | used   | >= 1    | once it is full | tables of requests                               |
+    | cached | 0       | yes             | `_cached`, the least recently released one first |
+    | blank  | 0       | no              | `_blank`                                         |
 
     Cached and blank blocks are free: blank ones are handed out first, then the oldest cached one loses its key.
     All operations on one block take constant time.

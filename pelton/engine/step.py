@@ -34,7 +34,8 @@ class Chunk:
 
     `blocks` holds, for each KV group, the block ids that stand in the request's table from `table_start` on;
     what stood there before is replaced, so applying a chunk twice changes nothing. Block 0 is the null block:
-    it stands for blocks that have left a sliding window.
+    it stands for blocks that have left a sliding window. Entries before `table_start` that have left one since they
+    were sent are not sent again: what no query of the chunk sees is not to be read.
     """
 
     request_id: int

@@ -100,7 +100,7 @@ def test_prefix_hit_equals_miss(pair: Any, whole: Any) -> None:
     engine = make_engine(pair)
     run(engine, {1: prompt()})
     assert_same(run(engine, {2: prompt()})[2], whole)
-    assert engine.scheduler.stats().prefix_cache_hits > 0
+    assert engine.scheduler.stats().num_prefix_hits > 0
 
 
 def test_preempted_equals_not(pair: Any, whole: Any) -> None:
