@@ -23,7 +23,9 @@ Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the bytes in all."""
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CHUNK_WEIGHTS = 1 << 18  # decoded at a time: what lies between bytes and result stays in the processor's cache
+# Weights decoded at a time: on a CPU, what lies between bytes and result stays in each core's cache.
+CHUNK_PER_THREAD = 1 << 17
+CHUNK_ON_GPU = 1 << 23
 
 # May be left unread: what old versions of transformers stored and everybody computes; a head tied to the embedding.
 OPTIONAL = re.compile(r".*\.rotary_emb\.inv_freq|lm_head\.weight")
@@ -153,7 +155,8 @@ def decode(stored: StoredTensor, dtype: torch.dtype, device: torch.device, inter
         return data.view(dtype).view(stored.shape).to(device)
     block = stored.type
     weights = torch.empty(stored.num_weights // block.block_size, block.block_size, dtype=dtype, device=device)
-    blocks, step = data.view(-1, block.block_bytes), CHUNK_WEIGHTS // block.block_size
+    chunk = CHUNK_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else CHUNK_ON_GPU
+    blocks, step = data.view(-1, block.block_bytes), chunk // block.block_size
     for start in range(0, len(blocks), step):
         part = slice(start, start + step)
         weights[part] = FORMATS[block.name](blocks[part].to(device))

@@ -64,11 +64,11 @@ OTHER_TYPES = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
     24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
     40: "NVFP4",
-}  # fmt: skip
+}
 
 BOOL, STRING, ARRAY = 7, 8, 9
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", BOOL: "<u1", 10: "<u8", 11: "<i8",
-           12: "<f8"}  # fmt: skip
+           12: "<f8"}
 UINT32 = 4
 
 
@@ -186,7 +186,7 @@ def _read_head(reader: _Reader) -> tuple[int, int]:
     # An entry takes at least 13 bytes (key length, type, one byte), a tensor 32 (name length, dims, type, offset).
     for count, limit, least, what in (
         (num_tensors, MAX_TENSORS, 32, "tensor count"), (num_entries, MAX_METADATA, 13, "metadata count")
-    ):  # fmt: skip
+    ):
         if count > limit or count * least > left:
             raise reader.error(f"{what} {count} is too large (at most {limit}, and {left} bytes are left)")
     return num_tensors, num_entries

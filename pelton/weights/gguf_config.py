@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pelton.errors import ModelFormatError
 from pelton.weights.fields import Fields, shorten
 from pelton.weights.gguf import GGUFFile
 from pelton.weights.gguf_names import ARCHITECTURES, ROPE_FACTORS
+from pelton.weights.stored import StoredTensor
 
 # GGUF names a size, llama.cpp knows its scale of attention scores: it is 1 / sqrt(hidden / heads) in these two and
 # 1 / sqrt(head size) in the others (the 27B models, told by their number of layers, as in llama-model.cpp).
@@ -25,14 +27,15 @@ def config_from_gguf(file: GGUFFile, where: str) -> dict[str, Any]:
     fields = Fields(
         {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}, where
     )
+    shape = _shape(fields)
     config = {
         "architectures": [ARCHITECTURES[name].name],
         "model_type": ARCHITECTURES[name].model_type,
         "torch_dtype": _dtype(file),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "vocab_size": _vocab_size(file, fields),
-        **_shape(fields),
-        **_rope(file, fields),
+        **shape,
+        **_rope(file, fields, shape["head_dim"]),
         **_special_tokens(file, where),
     }
     if name.startswith("gemma"):
@@ -80,7 +83,7 @@ def _shape(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _rope(file: GGUFFile, fields: Fields) -> dict[str, Any]:
+def _rope(file: GGUFFile, fields: Fields, head_dim: int) -> dict[str, Any]:
     """`rope_theta`, `rope_scaling`, and `rope_freq_factors`: divisors of the frequencies (Llama 3 files)."""
     config: dict[str, Any] = {"rope_theta": fields.float("rope.freq_base", 10000.0, low=1), "rope_scaling": None}
     kind = fields.str("rope.scaling.type", "linear" if "rope.scale_linear" in fields.values else "none")
@@ -98,18 +101,16 @@ def _rope(file: GGUFFile, fields: Fields) -> dict[str, Any]:
     elif kind != "none":
         raise fields.error("rope.scaling.type", f"is {shorten(kind)}; supported are none, linear and yarn")
     if ROPE_FACTORS in file.tensors:
-        config["rope_freq_factors"] = _rope_factors(file, fields)
+        config["rope_freq_factors"] = _rope_factors(file.tensors[ROPE_FACTORS], head_dim // 2, fields.where)
     return config
 
 
-def _rope_factors(file: GGUFFile, fields: Fields) -> list[float]:
-    tensor = file.tensors[ROPE_FACTORS]
-    if tensor.type.name != "F32" or len(tensor.shape) != 1:
-        raise fields.error(ROPE_FACTORS, f"must be a vector of F32, is {tensor.type.name} {list(tensor.shape)}")
-    factors: list[float] = tensor.data.view("<f4").tolist()
-    if not all(0 < factor < 1e9 for factor in factors):
-        raise fields.error(ROPE_FACTORS, "must hold positive numbers")
-    return factors
+def _rope_factors(tensor: StoredTensor, count: int, where: str) -> list[float]:
+    if tensor.type.name == "F32" and tensor.shape == (count,):
+        factors: list[float] = tensor.data.view("<f4").tolist()
+        if all(0 < factor < math.inf for factor in factors):
+            return factors
+    raise ModelFormatError(f"{where}: tensor {tensor.name} must be {count} positive numbers of type F32")
 
 
 def _gemma(name: str, fields: Fields, config: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def _gemma(name: str, fields: Fields, config: dict[str, Any]) -> dict[str, Any]:
 def _vocab_size(file: GGUFFile, fields: Fields) -> int:
     """The rows of the embedding: what the model needs, whatever the tokenizer holds."""
     if "token_embd.weight" not in file.tensors:
-        raise fields.error("token_embd.weight", "is missing: the file holds no model")
+        raise ModelFormatError(f"{fields.where}: tensor token_embd.weight is missing; the file holds no model")
     return file.tensors["token_embd.weight"].shape[0]
 
 

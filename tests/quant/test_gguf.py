@@ -24,7 +24,7 @@ def golden_block(name: str) -> np.ndarray:
     raw = (np.arange(TYPES[name].block_bytes * 8, dtype=np.uint32) * 37 + 11).astype(np.uint8)
     raw = raw.reshape(8, TYPES[name].block_bytes)
     halves = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
-              "Q6_K": (208,), "F32": ()}  # fmt: skip
+              "Q6_K": (208,), "F32": ()}
     for start in halves.get(name, (0,)):
         raw[:, start : start + 2] = np.frombuffer(np.float16(0.0125 + start / 1000).tobytes(), np.uint8)
     return raw
@@ -75,7 +75,7 @@ def test_random_blocks_equal_the_gguf_package(name: str, seed: int) -> None:
 @pytest.mark.parametrize(
     ("name", "error"), [("F16", 1e-3), ("BF16", 1e-2), ("Q8_0", 0.03), ("Q5_1", 0.2), ("Q5_0", 0.3), ("Q4_1", 0.4),
                         ("Q4_0", 0.6)]
-)  # fmt: skip
+)
 def test_round_trip(name: str, error: float) -> None:
     weights = np.random.default_rng(0).standard_normal((64, 32), dtype=np.float32)
     raw = gguf.quants.quantize(weights, gguf.GGMLQuantizationType[name]).view(np.uint8)

@@ -62,12 +62,20 @@ def gguf_bytes() -> type[GGUFBytes]:
 
 @pytest.fixture(scope="session")
 def seed_gguf() -> bytes:
-    """A good file with every kind of metadata value and three tensors: what mutations start from."""
+    """A good file with every kind of metadata value and four tensors: what mutations start from."""
     scalars = [(0, "B", 7), (1, "b", -7), (2, "H", 7), (3, "h", -7), (4, "I", 7), (5, "i", -7), (6, "f", 0.5),
-               (7, "?", True), (10, "Q", 7), (11, "q", -7), (12, "d", 0.5)]  # fmt: skip
-    entries = [entry(f"a.{kind}", kind, struct.pack(f"<{code}", value)) for kind, code, value in scalars]
-    entries += [entry(f"b.{kind}", 9, array(kind, 2, struct.pack(f"<2{code}", value, value))) for kind, code, value in scalars]
+               (7, "?", True), (10, "Q", 7), (11, "q", -7), (12, "d", 0.5)]
+    entries: list[bytes] = []
+    for kind, code, value in scalars:
+        entries.append(entry(f"a.{kind}", kind, struct.pack(f"<{code}", value)))
+        entries.append(entry(f"b.{kind}", 9, array(kind, 2, struct.pack(f"<2{code}", value, value))))
+    sizes = {"block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 64,
+             "attention.head_count": 4, "attention.head_count_kv": 2, "rope.dimension_count": 8}
+    entries += [entry(f"llama.{name}", 4, struct.pack("<I", size)) for name, size in sizes.items()]
     entries += [
+        entry("llama.attention.layer_norm_rms_epsilon", 6, struct.pack("<f", 1e-5)),
+        entry("llama.rope.scaling.type", 8, string("linear")),
+        entry("tokenizer.ggml.eos_token_id", 4, struct.pack("<I", 2)),
         entry("general.architecture", 8, string("llama")),
         entry("general.alignment", 4, struct.pack("<I", 32)),
         entry("tokens", 9, array(8, 3, string("a") + string("") + string("née"))),
@@ -77,8 +85,9 @@ def seed_gguf() -> bytes:
         tensor("token_embd.weight", [32, 2], 2, 0),
         tensor("output_norm.weight", [8], 0, 64),
         tensor("blk.0.attn_q.weight", [4, 2, 1, 1], 1, 96),
+        tensor("rope_freqs.weight", [4], 0, 128),
     ]
-    return GGUFBytes(entries, tensors, bytes(range(112))).build()
+    return GGUFBytes(entries, tensors, bytes(range(128)) + struct.pack("<4f", 1, 1, 2, 8)).build()
 
 
 def safetensors_bytes(header: Any, data: bytes = b"", length: int | None = None) -> bytes:

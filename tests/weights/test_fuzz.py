@@ -7,17 +7,20 @@ import struct
 import time
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pelton.errors import ModelFormatError
-from pelton.weights.gguf import parse_gguf
+from pelton.weights.gguf import GGUFFile, parse_gguf
+from pelton.weights.gguf_config import config_from_gguf, generation_config_from_gguf
+from pelton.weights.gguf_names import ARCHITECTURES, hf_tensors
 from pelton.weights.safetensors import parse_safetensors
 
 MUTATIONS = 15_000
 EDGES = [0, 1, 2, 3, 7, 8, 9, 13, 31, 32, 33, 255, 256, 0x7FFF, 0xFFFF, 1 << 16, 0x7FFFFFFF, 1 << 31, 0xFFFFFFFF,
-         1 << 32, 1 << 40, (1 << 61) + 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 32, (1 << 64) - 1]  # fmt: skip
+         1 << 32, 1 << 40, (1 << 61) + 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 32, (1 << 64) - 1]
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
@@ -78,8 +81,17 @@ def fuzz(parse: Callable[[bytes, str], Any], seed: bytes, mutations: list[Callab
     return accepted
 
 
+def read_gguf(data: bytes, where: str) -> None:
+    """All that is read before the weights are."""
+    file = GGUFFile((Path(where),), *parse_gguf(data, where))
+    config_from_gguf(file, where)
+    generation_config_from_gguf(file, where)
+    hf_tensors(file.tensors, ARCHITECTURES["llama"])
+
+
 def test_gguf(seed_gguf: bytes) -> None:
-    assert 0 < fuzz(parse_gguf, seed_gguf, [mutate]) < MUTATIONS / 2
+    read_gguf(seed_gguf, "seed")
+    assert 0 < fuzz(read_gguf, seed_gguf, [mutate]) < MUTATIONS / 2
 
 
 def test_safetensors(seed_safetensors: bytes) -> None:
@@ -90,7 +102,7 @@ def test_memory_is_bounded_by_the_file(seed_gguf: bytes, seed_safetensors: bytes
     """No length in a file, however large, makes the reader allocate more than the file could hold."""
     tracemalloc.start()
     try:
-        for parse, seed in ((parse_gguf, seed_gguf), (parse_safetensors, seed_safetensors)):
+        for parse, seed in ((read_gguf, seed_gguf), (parse_safetensors, seed_safetensors)):
             for number in range(1000):
                 data = mutate(seed, random.Random(number))
                 try:

@@ -29,6 +29,7 @@ def test_every_kind_of_value(seed_gguf: bytes) -> None:
         "token_embd.weight": ((2, 32), "Q4_0"),
         "output_norm.weight": ((8,), "F32"),
         "blk.0.attn_q.weight": ((1, 1, 2, 4), "F16"),
+        "rope_freqs.weight": ((4,), "F32"),
     }
     assert tensors["token_embd.weight"].data.tolist() == list(range(36))
     assert tensors["output_norm.weight"].data.tolist() == list(range(64, 96))
@@ -193,7 +194,7 @@ def lies(g: Any) -> dict[str, tuple[Any, str]]:
         "no data": (g([], [good], b"", alignment=1), "the file holds only 0"),
         "tensors overlap": (with_tensor(g.tensor("a", [9], 0, 0), g.tensor("b", [4], 0, 32)), "overlap"),
         "tensors at one place": (with_tensor(good, g.tensor("b", [4], 0, 0)), "overlap"),
-    }  # fmt: skip
+    }
 
 
 def test_lies(gguf_bytes: Any) -> None:
