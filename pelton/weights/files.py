@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from pelton.weights.gguf import SPLIT_NAME, GGUFFile, open_gguf
 from pelton.weights.gguf_config import config_from_gguf, generation_config_from_gguf
 from pelton.weights.gguf_names import ARCHITECTURES, Architecture, hf_tensors
 from pelton.weights.hf_names import text_tensors
-from pelton.weights.inside import child
+from pelton.weights.inside import child, optional_child
 from pelton.weights.safetensors import find_shards, open_safetensors
 from pelton.weights.stored import StoredTensor
 
@@ -42,7 +42,7 @@ class ModelFiles:
     weights: tuple[Path, ...]  # *.safetensors or *.gguf, all parts in order
     format: str  # "safetensors" or "gguf"
     config: dict[str, Any]
-    generation_config: dict[str, Any] = field(default_factory=dict)  # {} if there is none
+    generation_config: dict[str, Any]  # {} if there is none
     gguf: GGUFFile | None = None
 
     @property
@@ -59,8 +59,7 @@ class ModelFiles:
 
     def optional(self, name: str) -> Path | None:
         """The file `name` of the model's folder, if it is there."""
-        path = self.root / name
-        return child(self.root, name) if path.exists() or path.is_symlink() else None
+        return optional_child(self.root, name)
 
 
 def open_model(path: Path) -> ModelFiles:
@@ -87,10 +86,8 @@ def weight_bytes(files: ModelFiles) -> dict[str, int]:
 def _open_folder(folder: Path) -> ModelFiles:
     if shards := find_shards(folder):
         config = _text_config(read_json(child(folder, "config.json")))
-        files = ModelFiles(folder, shards, "safetensors", config)
-        if generation := files.optional("generation_config.json"):
-            files.generation_config.update(read_json(generation))
-        return files
+        generation = optional_child(folder, "generation_config.json")
+        return ModelFiles(folder, shards, "safetensors", config, read_json(generation) if generation else {})
     # "mmproj" files hold the vision part of a model, in a format of their own.
     if ggufs := sorted(path.name for path in folder.glob("*.gguf") if not path.name.startswith("mmproj")):
         models = sorted({match["stem"] if (match := SPLIT_NAME.fullmatch(name)) else name for name in ggufs})
@@ -111,8 +108,9 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     """config.json with the text part of a model that also sees merged up, and newer names beside the older ones."""
     text = Fields(config).optional_object("text_config")
     if text is not None:
-        config = {**config, **text.values, "architectures": config.get("architectures")}
-    config.setdefault("torch_dtype", config.get("dtype"))
+        given = {name: value for name, value in text.values.items() if value is not None}
+        config = {**config, **given, "architectures": config.get("architectures")}
+    config = {**config, "torch_dtype": config.get("torch_dtype") or config.get("dtype")}
     quantization = Fields(config).optional_object("quantization_config")
     if quantization is not None:
         method = shorten(quantization.str("quant_method", "unknown"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from pelton.errors import ModelFormatError
 from pelton.weights.fields import Fields, shorten
 from pelton.weights.gguf import GGUFFile
@@ -73,7 +75,7 @@ def _shape(fields: Fields) -> dict[str, Any]:
         raise fields.error("rope.dimension_count", f"differs from the head size {head_dim}: not supported")
     return {
         "hidden_size": hidden_size,
-        "num_hidden_layers": fields.int("block_count", low=1, high=100_000),
+        "num_hidden_layers": fields.int("block_count", low=1, high=10_000),
         "num_attention_heads": num_heads,
         "num_key_value_heads": fields.int("attention.head_count_kv", num_heads, low=1),
         "head_dim": head_dim,
@@ -116,7 +118,6 @@ def _rope_factors(tensor: StoredTensor, count: int, where: str) -> list[float]:
 def _gemma(name: str, fields: Fields, config: dict[str, Any]) -> dict[str, Any]:
     """What the Gemma models have besides: local layers, caps, and their own rotary base."""
     num_layers, head_dim = config["num_hidden_layers"], config["head_dim"]
-    every = fields.int("attention.sliding_window_pattern", 2 if name == "gemma2" else 6, low=1)
     if num_layers == _LAYERS_OF_27B[name]:
         head_dim = config["hidden_size"] // config["num_attention_heads"]
     caps = (50.0, 30.0) if name == "gemma2" else (None, None)
@@ -125,15 +126,27 @@ def _gemma(name: str, fields: Fields, config: dict[str, Any]) -> dict[str, Any]:
         "attention_bias": False,
         "query_pre_attn_scalar": head_dim,
         "sliding_window": fields.int("attention.sliding_window", 4096, low=1),
-        "layer_types": [
-            "full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(num_layers)
-        ],
+        "layer_types": _layer_types(fields, num_layers, global_every=2 if name == "gemma2" else 6),
         "attn_logit_softcapping": fields.optional_float("attn_logit_softcapping", low=1e-6) or caps[0],
         "final_logit_softcapping": fields.optional_float("final_logit_softcapping", low=1e-6) or caps[1],
     }
     if name == "gemma3":
         gemma["rope_local_base_freq"] = fields.float("rope.freq_base_swa", 10000.0, low=1)
     return gemma
+
+
+def _layer_types(fields: Fields, num_layers: int, global_every: int) -> list[str]:
+    """Which layers see only their window: the file says for each layer, or every which one does not, or nothing."""
+    key = "attention.sliding_window_pattern"
+    pattern = fields.values.get(key)
+    if isinstance(pattern, np.ndarray):
+        if pattern.dtype != np.bool_ or len(pattern) != num_layers:
+            raise fields.error(key, f"must say true or false for each of {num_layers} layers")
+        local = pattern.tolist()
+    else:
+        every = fields.int(key, global_every, low=1)
+        local = [(layer + 1) % every != 0 for layer in range(num_layers)]
+    return ["sliding_attention" if is_local else "full_attention" for is_local in local]
 
 
 def _vocab_size(file: GGUFFile, fields: Fields) -> int:

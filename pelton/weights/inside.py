@@ -23,3 +23,9 @@ def child(folder: Path, name: str) -> Path:
     if not real.is_file():
         raise ModelFormatError(f"{name} is missing in {folder}; is the download complete?")
     return path
+
+
+def optional_child(folder: Path, name: str) -> Path | None:
+    """The file `name` in `folder`, or None if there is nothing of that name."""
+    path = folder / name
+    return child(folder, name) if path.exists() or path.is_symlink() else None

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pelton.errors import ModelFormatError
 from pelton.weights.fields import parse_json_object, read_json, shorten
-from pelton.weights.inside import child
+from pelton.weights.inside import child, optional_child
 from pelton.weights.stored import BlockType, Buffer, StoredTensor, map_file
 
 MAX_HEADER_BYTES = 100_000_000
@@ -50,8 +50,8 @@ def open_safetensors(paths: tuple[Path, ...]) -> dict[str, StoredTensor]:
 
 def find_shards(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a checkpoint: those of its index, or its only one; () if there are none."""
-    if (folder / INDEX).exists() or (folder / INDEX).is_symlink():
-        weight_map = read_json(child(folder, INDEX)).get("weight_map")
+    if index := optional_child(folder, INDEX):
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map or len(weight_map) > MAX_TENSORS:
             raise ModelFormatError(f"{INDEX}: field weight_map must be an object that maps tensors to files")
         names = set(weight_map.values()) if all(isinstance(name, str) for name in weight_map.values()) else set()

@@ -160,7 +160,10 @@ def write_gguf(
         "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
         **{key.replace("__", "."): value for key, value in values.items()},
     }
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool}
+    add = {
+        int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool,
+        list: writer.add_array,
+    }
     for key, value in keys.items():
         if value is not None:
             add[type(value)](key, value)
@@ -288,12 +291,23 @@ def test_wrong_rope_frequency_factors(tmp_path: Path, factors: list[Any]) -> Non
         open_model(write_gguf(tmp_path / "m.gguf", "llama", tensors=tensors))
 
 
-@pytest.mark.parametrize(("arch", "num_layers", "scalar"), [("gemma2", 46, 16), ("gemma3", 62, 16), ("gemma3", 34, 256)]
+@pytest.mark.parametrize(
+    ("arch", "num_layers", "scalar"), [("gemma2", 46, 16), ("gemma3", 62, 16), ("gemma3", 34, 256)]
 )
 def test_attention_scale_of_gemma_27b(tmp_path: Path, arch: str, num_layers: int, scalar: int) -> None:
     keys = {f"{arch}__attention__key_length": 256, f"{arch}__attention__value_length": 256}
     config = open_model(write_gguf(tmp_path / "m.gguf", arch, num_layers, **keys)).config
     assert config["query_pre_attn_scalar"] == scalar
+
+
+@pytest.mark.parametrize(("pattern", "expected"), [(None, "LLLLLG"), (3, "LLGLLG"), ([True, False] * 3, "LGLGLG")])
+def test_local_and_global_layers(tmp_path: Path, pattern: Any, expected: str) -> None:
+    keys = {"gemma3__attention__sliding_window_pattern": pattern}
+    kinds = open_model(write_gguf(tmp_path / "m.gguf", "gemma3", 6, **keys)).config["layer_types"]
+    assert kinds == ["full_attention" if kind == "G" else "sliding_attention" for kind in expected]
+    keys = {"gemma3__attention__sliding_window_pattern": [True] * 5}
+    with pytest.raises(ModelFormatError, match="must say true or false for each of 6 layers"):
+        open_model(write_gguf(tmp_path / "m.gguf", "gemma3", 6, **keys))
 
 
 @pytest.mark.parametrize(

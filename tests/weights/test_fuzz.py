@@ -18,7 +18,7 @@ from pelton.weights.gguf_config import config_from_gguf, generation_config_from_
 from pelton.weights.gguf_names import ARCHITECTURES, hf_tensors
 from pelton.weights.safetensors import parse_safetensors
 
-MUTATIONS = 15_000
+MUTATIONS = 20_000
 EDGES = [0, 1, 2, 3, 7, 8, 9, 13, 31, 32, 33, 255, 256, 0x7FFF, 0xFFFF, 1 << 16, 0x7FFFFFFF, 1 << 31, 0xFFFFFFFF,
          1 << 32, 1 << 40, (1 << 61) + 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 32, (1 << 64) - 1]
 
