@@ -78,8 +78,7 @@ async def models(http: Request) -> Response:
 
 async def health(http: Request) -> Response:
     """GET /health, /ping: whether the engine works. No body, as vLLM's."""
-    llm = http.app.state.service.llm
-    return Response(status_code=200 if llm is not None and llm.is_ready else 503)
+    return Response(status_code=200 if http.app.state.service.is_healthy else 503)
 
 
 async def live(http: Request) -> Response:

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 
 from pelton.errors import RequestFailedError
-from pelton.server.protocol import GenerateRequest
 from pelton.server.replies import EncodedPrompt, Reply
 from pelton.server.service import Service
 from pelton.server.sse import EventStream, encode_json
@@ -60,7 +59,6 @@ class Generation:
     prompts: Sequence[EncodedPrompt]
     params: SamplingParams
     reply: Reply
-    hide_output: bool = False  # max_tokens was 0
     priority: int = 0
     cache_salt: str = ""
     include_usage: bool = False  # of a stream: in a chunk of its own, at the end
@@ -76,19 +74,6 @@ class Generation:
 def new_id(prefix: str) -> str:
     """A fresh id, "chatcmpl-<32 hex>"."""
     return f"{prefix}-{uuid.uuid4().hex}"
-
-
-def usage_options(request: GenerateRequest) -> tuple[bool, bool]:
-    """(usage at the end, usage in every chunk) of a stream: only if stream_options was given."""
-    options = request.stream_options
-    if options is None or not options.include_usage:
-        return False, False
-    return True, options.continuous_usage_stats
-
-
-def cache_salt(request: GenerateRequest, key_id: str) -> str:
-    """Who shares cached prefixes: callers with the same key (where there are several) and the same salt."""
-    return f"{key_id}:{request.cache_salt or ''}" if key_id else request.cache_salt or ""
 
 
 async def respond(service: Service, generation: Generation, stream: bool) -> Response:
@@ -110,8 +95,6 @@ async def whole(service: Service, generation: Generation) -> dict[str, Any]:
     reply = generation.reply
     in_order = [ended[index] for index in sorted(ended)]
     choices = [choice for index, output in enumerate(in_order) for choice in reply.choices(index, output)]
-    if generation.hide_output:
-        usage.completion_tokens = 0
     with_details = service.settings.enable_prompt_tokens_details
     return {
         **generation.envelope(reply.object_name, choices),
@@ -127,8 +110,6 @@ async def chunks(service: Service, generation: Generation) -> AsyncGenerator[dic
     async with aclosing(outputs(service, generation)) as stream:
         async for index, output in stream:
             usage.add(index, output)
-            if generation.hide_output:
-                usage.completion_tokens = 0
             for choice in reply.deltas(index, output):
                 chunk = generation.envelope(reply.chunk_name, [choice])
                 if generation.continuous_usage:

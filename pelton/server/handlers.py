@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from pelton.errors import RequestError
 from pelton.server.backend import Backend
-from pelton.server.generation import Generation, cache_salt, new_id, respond, usage_options
+from pelton.server.generation import Generation, new_id, respond
 from pelton.server.logprobs import TokenNames
 from pelton.server.protocol import (
     ChatRequest,
@@ -33,7 +33,7 @@ async def chat_completions(http: Request) -> Response:
     request = ChatRequest.parse(http.state.json, service.settings.limits)
     model = service.check_model(request.model)
     params = request.to_sampling_params(llm.prompts.generation_defaults)
-    token_ids = await _encode_chat(service, llm, request)
+    token_ids = await _encode_chat(service, llm, request, params)
     reply = ChatReply(
         _token_names(service, llm, request),
         n=params.n,
@@ -41,18 +41,8 @@ async def chat_completions(http: Request) -> Response:
         num_top=params.logprobs,
         echo=_last_text(request) if request.echo else "",
     )
-    include_usage, continuous_usage = usage_options(request)
-    generation = Generation(
-        id=new_id("chatcmpl"),
-        model=model,
-        prompts=[EncodedPrompt(token_ids)],
-        params=params,
-        reply=reply,
-        priority=request.priority,
-        cache_salt=cache_salt(request, getattr(http.state, "key_id", "")),
-        include_usage=include_usage,
-        continuous_usage=continuous_usage,
-    )
+    prompts = [EncodedPrompt(token_ids)]
+    generation = Generation(new_id("chatcmpl"), model, prompts, params, reply, **_options(http, request))
     return await respond(service, generation, request.stream)
 
 
@@ -71,22 +61,9 @@ async def completions(http: Request) -> Response:
         logprobs=request.logprobs is not None,
         prompt_logprobs=request.prompt_logprobs is not None,
         echo=request.echo,
-        hide_output=request.max_tokens == 0,
         skip_special_tokens=params.skip_special_tokens,
     )
-    include_usage, continuous_usage = usage_options(request)
-    generation = Generation(
-        id=new_id("cmpl"),
-        model=model,
-        prompts=prompts,
-        params=params,
-        reply=reply,
-        hide_output=request.max_tokens == 0,
-        priority=request.priority,
-        cache_salt=cache_salt(request, getattr(http.state, "key_id", "")),
-        include_usage=include_usage,
-        continuous_usage=continuous_usage,
-    )
+    generation = Generation(new_id("cmpl"), model, prompts, params, reply, **_options(http, request))
     return await respond(service, generation, request.stream)
 
 
@@ -103,7 +80,7 @@ async def tokenize(http: Request) -> Response:
     else:
         special = request.add_special_tokens is not False
         token_ids = await asyncio.to_thread(
-            llm.prompts.encode, request.prompt or "", SamplingParams(), add_special_tokens=special
+            llm.prompts.encode, request.prompt or "", add_special_tokens=special
         )
     reply = {"count": len(token_ids), "max_model_len": llm.info.max_model_len, "tokens": token_ids}
     if request.return_token_strs:
@@ -124,7 +101,22 @@ async def detokenize(http: Request) -> Response:
     return JSONResponse({"prompt": text})
 
 
-async def _encode_chat(service: Service, llm: Backend, request: ChatRequest | TokenizeRequest) -> list[int]:
+def _options(http: Request, request: GenerateRequest) -> dict[str, Any]:
+    """What a Generation takes from a request as it stands. Prefixes are shared only between callers with the same
+    key, where there are several, and the same salt. Usage is streamed only if `stream_options` is there."""
+    key_id, salt = getattr(http.state, "key_id", ""), request.cache_salt or ""
+    usage = request.stream_options
+    return {
+        "priority": request.priority,
+        "cache_salt": f"{key_id}:{salt}" if key_id else salt,
+        "include_usage": usage is not None and usage.include_usage,
+        "continuous_usage": usage is not None and usage.include_usage and usage.continuous_usage_stats,
+    }
+
+
+async def _encode_chat(
+    service: Service, llm: Backend, request: ChatRequest | TokenizeRequest, params: SamplingParams | None = None
+) -> list[int]:
     if request.chat_template is not None and not service.settings.trust_request_chat_template:
         raise RequestError(
             "chat_template from a client is refused; the server allows it with --trust-request-chat-template",
@@ -142,7 +134,7 @@ async def _encode_chat(service: Service, llm: Backend, request: ChatRequest | To
     effort = (request.model_extra or {}).get("reasoning_effort")
     if isinstance(effort, str):
         options["template_kwargs"].setdefault("reasoning_effort", effort)
-    return await asyncio.to_thread(llm.prompts.encode_chat, request.messages or [], **options)
+    return await asyncio.to_thread(llm.prompts.encode_chat, request.messages or [], params, **options)
 
 
 async def _encode(
@@ -154,7 +146,7 @@ async def _encode(
         return [
             EncodedPrompt(
                 llm.prompts.encode(prompt, params, add_special_tokens=special),
-                prompt if isinstance(prompt, str) else None,
+                prompt if isinstance(prompt, str) and params.truncate_prompt_tokens is None else None,
             )
             for prompt in prompts
         ]

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pelton.errors import RequestError
+from pelton.server.constraints import GUIDED, ResponseFormat, Strings, StructuredOutputs, guided, only_one
 from pelton.server.settings import Limits
 from pelton.types import RepetitionDetectionParams, RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=BaseModel)
 
-Strings = Annotated[list[str], Field(fail_fast=True)]
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
@@ -50,58 +50,6 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = True
     continuous_usage_stats: bool = False
-
-
-class JsonSchema(BaseModel):
-    """The `json_schema` member of a response format."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    name: str = ""
-    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
-
-
-class ResponseFormat(BaseModel):
-    """OpenAI's way to constrain a text."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    type: Literal["text", "json_object", "json_schema", "structural_tag"]
-    json_schema: JsonSchema | None = None
-
-    def constraint(self) -> StructuredOutputsParams | None:
-        """The same as StructuredOutputsParams."""
-        if self.type == "json_object":
-            return StructuredOutputsParams(json_object=True)
-        if self.type == "json_schema":
-            if self.json_schema is None or self.json_schema.json_schema is None:
-                raise RequestError("response_format json_schema needs json_schema.schema", "response_format")
-            return StructuredOutputsParams(json=self.json_schema.json_schema)
-        if self.type == "structural_tag":
-            return StructuredOutputsParams(structural_tag=self.model_dump_json(exclude_unset=True))
-        return None
-
-
-class StructuredOutputs(BaseModel):
-    """vLLM's way to constrain a text."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    json_: str | dict[str, Any] | None = Field(default=None, alias="json")
-    regex: str | None = None
-    choice: Strings | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    structural_tag: str | None = None
-    disable_fallback: bool = False
-    disable_any_whitespace: bool = False
-    disable_additional_properties: bool = False
-    whitespace_pattern: str | None = None
-
-    def constraint(self) -> StructuredOutputsParams | None:
-        """The same as StructuredOutputsParams."""
-        given = self.model_dump(by_alias=True, exclude_unset=True)
-        return StructuredOutputsParams(**{name: value for name, value in given.items() if value not in (None, False)})
 
 
 class GenerateRequest(BaseModel):
@@ -205,18 +153,8 @@ class GenerateRequest(BaseModel):
         found = [self.response_format.constraint()] if self.response_format else []
         if self.structured_outputs is not None:
             found.append(self.structured_outputs.constraint())
-        guided = {
-            kind: getattr(self, f"guided_{kind}")
-            for kind in ("json", "regex", "choice", "grammar", "json_object")
-            if getattr(self, f"guided_{kind}") not in (None, False)
-        }
-        if guided:
-            found.append(StructuredOutputsParams(**guided, whitespace_pattern=self.guided_whitespace_pattern))
-        constraints = [constraint for constraint in found if constraint is not None]
-        if len(constraints) > 1:
-            raise RequestError("give one constraint: response_format, structured_outputs or guided_*",
-                               "structured_outputs")
-        return constraints[0] if constraints else None
+        found.append(guided({kind: getattr(self, f"guided_{kind}") for kind in GUIDED}, self.guided_whitespace_pattern))
+        return only_one(found)
 
     def _sampling_params(self, defaults: Mapping[str, Any], **fields: Any) -> SamplingParams:
         """What was given, else the model's own sampling defaults, else SamplingParams' defaults."""
@@ -297,12 +235,10 @@ class CompletionRequest(GenerateRequest):
         return prompt
 
     def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """As asked. An echo with logprobs scores the prompt, too; max_tokens 0 computes one token and hides it."""
+        """As asked. An echo with logprobs scores the prompt, too."""
         fields: dict[str, Any] = {"max_tokens": self.max_tokens, "logprobs": self.logprobs}
         if self.echo and self.logprobs is not None and self.prompt_logprobs is None:
             fields["prompt_logprobs"] = self.logprobs
-        if self.max_tokens == 0:
-            fields["max_tokens"] = 1
         return self._sampling_params(defaults, **fields)
 
 

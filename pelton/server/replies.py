@@ -115,7 +115,6 @@ class CompletionReply:
         logprobs: bool,
         prompt_logprobs: bool,
         echo: bool,
-        hide_output: bool,
         skip_special_tokens: bool,
     ) -> None:
         self.names = names
@@ -123,7 +122,6 @@ class CompletionReply:
         self.logprobs = logprobs
         self.prompt_logprobs = prompt_logprobs  # shown in their own field
         self.echo = echo
-        self.hide_output = hide_output  # max_tokens was 0: one token was computed that nobody asked for
         self.skip_special_tokens = skip_special_tokens
         decode = names.tokenizer.decode
         self.echoes = [
@@ -144,7 +142,7 @@ class CompletionReply:
                     "logprobs": self._echo_logprobs(prompt_index, output),
                     "finish_reason": None,
                 }
-        for one in self._visible(output):
+        for one in output.outputs:
             if one.text or one.finish_reason or (self.logprobs and one.token_ids):
                 index = prompt_index * self.n + one.index
                 logprobs = self._logprobs(one, self._start(index, prompt_index))
@@ -154,7 +152,7 @@ class CompletionReply:
         """One text for each sample."""
         shown = prompt_logprobs(output.prompt_logprobs, self.names) if self.prompt_logprobs else None
         choices = []
-        for one in self._visible(output):
+        for one in output.outputs:
             index = prompt_index * self.n + one.index
             logprobs = self._logprobs(one, self._start(index, prompt_index))
             if self.echo and logprobs is not None:
@@ -168,14 +166,6 @@ class CompletionReply:
     def extras(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """Nothing."""
         return {}
-
-    def _visible(self, output: RequestOutput) -> Iterator[CompletionOutput]:
-        for one in output.outputs:
-            if not self.hide_output:
-                yield one
-            elif one.finish_reason is not None:
-                logprobs = None if one.logprobs is None else one.logprobs[:0]
-                yield CompletionOutput(one.index, "", (), logprobs=logprobs, finish_reason="length")
 
     def _start(self, index: int, prompt_index: int) -> TextOffsets:
         start = len(self.echoes[prompt_index])

@@ -10,8 +10,10 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 
 import uvicorn
 from starlette.applications import Starlette
@@ -37,7 +39,7 @@ def run_server(args: EngineArgs, settings: ServerSettings) -> None:
 
 async def start_engine(args: EngineArgs) -> Backend:
     """The engine in a supervised child process; this process never loads torch."""
-    from pelton.llm import AsyncLLM
+    from pelton.async_llm import AsyncLLM
 
     return await AsyncLLM.start(args, child=True)
 
@@ -45,6 +47,8 @@ async def start_engine(args: EngineArgs) -> Backend:
 async def serve(args: EngineArgs, settings: ServerSettings, start: Start = start_engine) -> None:
     """As run_server, in a running event loop. `start` makes the engine."""
     begun = time.monotonic()
+    num_logprobs = sys.maxsize if args.max_logprobs == -1 else args.max_logprobs
+    settings = replace(settings, limits=replace(settings.limits, num_logprobs=num_logprobs))
     listener = bind(settings)
     app = create_app(None, settings)
     service: Service = app.state.service
@@ -89,12 +93,17 @@ async def _stop(service: Service, loading: asyncio.Future[Backend], settings: Se
 
 def bind(settings: ServerSettings) -> socket.socket:
     """A listening socket, before anything slow happens. ConfigError if the address cannot be had."""
+    listener = None
     try:
-        family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family[0], family[1])
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+        )[0]
+        listener = socket.socket(family, kind, protocol)  # asyncio sets TCP_NODELAY only where the protocol is named
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(family[4])
+        listener.bind(address)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(
             f"cannot listen on {settings.host}:{settings.port}: {reason}; choose another with --host and --port"
@@ -120,7 +129,7 @@ def _print_ready(service: Service, settings: ServerSettings, listener: socket.so
         keys += "; only this machine may connect (--host 0.0.0.0 opens it to others)"
     print(f"pelton: {keys}", flush=True)
     print(f"pelton: limits: body {limits.body_bytes >> 20} MiB, {limits.num_prompts} prompts, n {limits.n}, "
-          f"{limits.num_logprobs} logprobs, {limits.request_s:g} s a request", flush=True)
+          f"{limits.num_stop} stop strings, {limits.request_s:g} s a request", flush=True)
     print(f"pelton: ready after {seconds:.1f} s: {', '.join(llm.model_names)} at {url_of(settings, listener)}/v1",
           flush=True)
 

@@ -42,9 +42,14 @@ class Service:
         return self.llm
 
     @property
+    def is_healthy(self) -> bool:
+        """Whether the engine works."""
+        return self.llm is not None and self.llm.is_ready and not self._is_stuck
+
+    @property
     def is_ready(self) -> bool:
         """Whether new requests are taken."""
-        return not self.draining and self.llm is not None and self.llm.is_ready and not self._is_stuck
+        return not self.draining and self.is_healthy
 
     @property
     def is_live(self) -> bool:

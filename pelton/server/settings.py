@@ -33,8 +33,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            if getattr(self, limit.name) <= 0:
-                raise ConfigError(f"the limit {limit.name} must be positive, got {getattr(self, limit.name)}")
+            if getattr(self, limit.name) < 0:
+                raise ConfigError(f"the limit {limit.name} must not be negative, got {getattr(self, limit.name)}")
 
 
 @dataclass(frozen=True)

@@ -55,13 +55,17 @@ class FakePrompts:
         self.generation_defaults: dict[str, Any] = {"temperature": 0.6}
         self.chats: list[dict[str, Any]] = []
 
-    def encode(self, prompt: str | list[int], params: SamplingParams, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, prompt: str | list[int], params: SamplingParams | None = None, *, add_special_tokens: bool = True
+    ) -> list[int]:
         ids = self.tokenizer.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
-        if params.truncate_prompt_tokens is not None and params.truncate_prompt_tokens > 0:
-            ids = ids[-params.truncate_prompt_tokens :]
+        if params is not None and params.truncate_prompt_tokens:
+            ids = ids[-abs(params.truncate_prompt_tokens) :]
         return ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **options: Any
+    ) -> list[int]:
         self.chats.append({"messages": messages, **options})
         ids = []
         for message in messages:
@@ -97,8 +101,8 @@ class FakeLLM:
         return self.age
 
     def stats(self) -> SimpleNamespace:
-        return SimpleNamespace(num_running=self.num_running, num_waiting=0, kv_usage=0.25, num_prefix_queries=10,
-                               num_prefix_hits=4, num_preemptions=1)
+        return SimpleNamespace(num_running=self.num_running, num_waiting=0, kv_usage=0.25, prefix_cache_queries=10,
+                               prefix_cache_hits=4, num_preemptions=1)
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         end = time.monotonic() + drain_s
@@ -171,6 +175,9 @@ class Sample:
         self.stop: int | str | None = None
 
     def step(self) -> CompletionOutput:
+        if self.params.max_tokens == 0:
+            self.reason = "length"
+            return self._output("", [])
         token = self.reply[len(self.ids) % len(self.reply)]
         self.ids.append(token)
         new = self.decoder.decode(bytes([token]))
@@ -265,6 +272,12 @@ def start() -> Iterator[Callable[..., Live]]:
 def shared_server() -> Iterator[Live]:
     with live_server(ServerSettings(port=0), FakeLLM()) as live:
         yield live
+
+
+@pytest.fixture(scope="session")
+def locked_server() -> Iterator[Live]:
+    with live_server(ServerSettings(port=0, api_keys=("sk-1", "sk-2")), FakeLLM()) as locked:
+        yield locked
 
 
 @pytest.fixture

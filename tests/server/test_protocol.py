@@ -42,7 +42,7 @@ def test_fields_of_another_name() -> None:
     assert chat(max_completion_tokens=5, max_tokens=9).max_tokens == 5
     assert chat().max_tokens is None
     assert complete().max_tokens == 16
-    assert complete(max_tokens=0).max_tokens == 1
+    assert complete(max_tokens=0).max_tokens == 0
     assert chat(logprobs=True).logprobs == 0
     assert chat(logprobs=True, top_logprobs=3).logprobs == 3
     assert complete(logprobs=2).logprobs == 2
