@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -52,28 +54,35 @@ async def _on_error(http: Request, error: Exception) -> Response:
 
 
 async def models(http: Request) -> Response:
-    """GET /v1/models"""
+    """GET /v1/models: every name of the one model that is served."""
     service: Service = http.app.state.service
+    names = service.backend().model_names
+    return JSONResponse({"object": "list", "data": [_model_card(service, name) for name in names]})
+
+
+async def model(http: Request) -> Response:
+    """GET /v1/models/NAME"""
+    service: Service = http.app.state.service
+    return JSONResponse(_model_card(service, service.check_model(http.path_params["name"])))
+
+
+def _model_card(service: Service, name: str) -> dict[str, Any]:
     llm = service.backend()
     permission = {
         "id": "modelperm-0", "object": "model_permission", "created": service.created, "allow_create_engine": False,
         "allow_sampling": True, "allow_logprobs": True, "allow_search_indices": False, "allow_view": True,
         "allow_fine_tuning": False, "organization": "*", "group": None, "is_blocking": False,
     }  # fmt: skip
-    data = [
-        {
-            "id": name,
-            "object": "model",
-            "created": service.created,
-            "owned_by": "vllm",
-            "root": llm.model_names[0],
-            "parent": None,
-            "max_model_len": llm.info.max_model_len,
-            "permission": [permission],
-        }
-        for name in llm.model_names
-    ]
-    return JSONResponse({"object": "list", "data": data})
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "vllm",
+        "root": llm.model_names[0],
+        "parent": None,
+        "max_model_len": llm.info.max_model_len,
+        "permission": [permission],
+    }
 
 
 async def health(http: Request) -> Response:
@@ -108,6 +117,7 @@ async def metrics(http: Request) -> Response:
 
 ROUTES = [
     Route("/v1/models", models, methods=["GET"]),
+    Route("/v1/models/{name:path}", model, methods=["GET"]),
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/tokenize", tokenize, methods=["POST"]),

@@ -61,7 +61,7 @@ class ServerSettings:
     enable_prompt_tokens_details: bool = False  # usage tells how many prompt tokens came from the prefix cache
     trust_request_chat_template: bool = False  # a client may send a chat template
     drain_s: float = 30.0  # after SIGTERM, the time for running requests to finish
-    live_s: float = 10.0  # an engine loop that has not turned for so long is not alive
+    live_s: float = 120.0  # an engine that was not heard of for so long is stuck; longer than any step may take
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

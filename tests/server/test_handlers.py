@@ -65,6 +65,9 @@ def test_completion(live: Any, reply: str) -> None:
     with live.client() as client:
         answer = client.completions.create(model="fake", prompt=["a", "bc"], n=2)
         models = client.models.list()
+        assert client.models.retrieve("alias").model_extra["max_model_len"] == 512
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("org/nope")
     assert re.fullmatch("cmpl-[0-9a-f]{32}", answer.id)
     assert answer.object == "text_completion"
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
