@@ -171,10 +171,10 @@ class _EngineCollector(Collector):
         ("cpu_cache_usage_perc", "Share of swapped KV cache: never any here.", None),
     )
     COUNTERS = (
-        ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", "prefix_cache_queries"),
-        ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "prefix_cache_hits"),
-        ("gpu_prefix_cache_queries", "As prefix_cache_queries (old name).", "prefix_cache_queries"),
-        ("gpu_prefix_cache_hits", "As prefix_cache_hits (old name).", "prefix_cache_hits"),
+        ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", "num_prefix_queries"),
+        ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "num_prefix_hits"),
+        ("gpu_prefix_cache_queries", "As prefix_cache_queries (old name).", "num_prefix_queries"),
+        ("gpu_prefix_cache_hits", "As prefix_cache_hits (old name).", "num_prefix_hits"),
         ("num_preemptions", "Times a running request was put back.", "num_preemptions"),
     )
 

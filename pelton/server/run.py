@@ -18,7 +18,7 @@ from dataclasses import replace
 import uvicorn
 from starlette.applications import Starlette
 
-from pelton.config import EngineArgs
+from pelton.config import EngineArgs, Environment
 from pelton.errors import ConfigError
 from pelton.server.app import create_app
 from pelton.server.backend import Backend
@@ -26,7 +26,6 @@ from pelton.server.connection import with_header_deadline
 from pelton.server.service import Service
 from pelton.server.settings import ServerSettings
 
-logger = logging.getLogger(__name__)
 Start = Callable[[EngineArgs], Awaitable[Backend]]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CLOSE_S = 5  # after the drain, the time for the last bytes to leave
@@ -34,6 +33,8 @@ CLOSE_S = 5  # after the drain, the time for the last bytes to leave
 
 def run_server(args: EngineArgs, settings: ServerSettings) -> None:
     """Serve until SIGTERM or Ctrl-C. PeltonError if the port is taken or the model cannot be served."""
+    level = logging.getLevelNamesMapping().get(Environment.read().log_level, logging.INFO)
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     asyncio.run(serve(args, settings))
 
 
@@ -137,7 +138,7 @@ def _print_ready(service: Service, settings: ServerSettings, listener: socket.so
 def uvicorn_config(app: Starlette, settings: ServerSettings) -> uvicorn.Config:
     """How uvicorn serves the application: HTTP/1.1 by h11, whose header sizes have a limit, and no WebSockets."""
     limits = settings.limits
-    return uvicorn.Config(
+    config = uvicorn.Config(
         app,
         http=with_header_deadline(limits.header_s),
         ws="none",
@@ -155,6 +156,9 @@ def uvicorn_config(app: Starlette, settings: ServerSettings) -> uvicorn.Config:
         ssl_ca_certs=settings.ssl_ca_certs,
         ssl_cert_reqs=settings.ssl_cert_reqs,
     )
+    if settings.access_log:
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    return config
 
 
 class _Server(uvicorn.Server):

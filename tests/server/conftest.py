@@ -101,8 +101,8 @@ class FakeLLM:
         return self.age
 
     def stats(self) -> SimpleNamespace:
-        return SimpleNamespace(num_running=self.num_running, num_waiting=0, kv_usage=0.25, prefix_cache_queries=10,
-                               prefix_cache_hits=4, num_preemptions=1)
+        return SimpleNamespace(num_running=self.num_running, num_waiting=0, kv_usage=0.25, num_prefix_queries=10,
+                               num_prefix_hits=4, num_preemptions=1)
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         end = time.monotonic() + drain_s
