@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from starlette.responses import Response
 
-from pelton.errors import RequestFailedError
+from pelton.errors import OverloadedError, RequestError, RequestFailedError
 from pelton.server.replies import EncodedPrompt, Reply
 from pelton.server.service import Service
 from pelton.server.sse import EventStream, encode_json
@@ -161,8 +161,14 @@ async def _one_prompt(
             if output.error is not None or any(one.finish_reason == "error" for one in output.outputs):
                 raise RequestFailedError(output.error or "the engine ended this request with an error")
             yield output
+    except (RequestError, OverloadedError):
+        record.close(None)
+        raise
+    except Exception:
+        record.close("error")
+        raise
     finally:
-        record.close()
+        record.close("abort")  # what has not ended by now was given up by its client
         close = getattr(stream, "aclose", None)
         if close is not None:
             await close()

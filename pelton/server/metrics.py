@@ -122,12 +122,13 @@ class RequestRecord:
         if output.finished:
             self._end(output, now)
 
-    def close(self) -> None:
-        """The request is over, whichever way: what has no end by now was given up by its client."""
+    def close(self, reason: str | None) -> None:
+        """The request is over: count samples that have no end yet under `reason` (None: refused, never begun)."""
         for index in range(self.params.n):
             if index not in self.ended:
                 self.ended.add(index)
-                self.families.finished["abort"].inc()
+                if reason is not None:
+                    self.families.finished[reason].inc()
 
     def _begin(self, output: RequestOutput, now: float) -> None:
         times, families = output.metrics, self.families

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from pelton.server.settings import Limits
+
 NAMES = [
     "e2e_request_latency_seconds_bucket", "e2e_request_latency_seconds_sum", "e2e_request_latency_seconds_count",
     "time_to_first_token_seconds_bucket", "time_per_output_token_seconds_bucket", "prompt_tokens_total",
@@ -47,6 +49,19 @@ def test_names_and_counts(start: Callable[..., Any]) -> None:
     assert value(text, "vllm:inter_token_latency_seconds_count") == 9 + 9 + 9
     assert value(text, "vllm:kv_cache_usage_perc") == value(text, "vllm:gpu_cache_usage_perc") == 0.25
     assert value(text, "vllm:prefix_cache_hits_total") == 4
+
+
+def test_how_requests_ended(start: Callable[..., Any], fake_llm: Any) -> None:
+    live = start(fake_llm(fail_after=3), limits=Limits(request_s=0.3))
+    live.post("/v1/completions", {"prompt": "a", "n": 2})
+    live.post("/v1/completions", {"prompt": "x" * 600})
+    live.post("/v1/completions", {"prompt": "a", "max_tokens": 2})
+    live.llm.step_s = 1.0
+    live.post("/v1/completions", {"prompt": "a", "max_tokens": 2})
+    text = scrape(live)
+    ends = {reason: value(text, "vllm:request_success_total", finished_reason=reason)
+            for reason in ("stop", "length", "error", "abort")}  # fmt: skip
+    assert ends == {"stop": 0, "length": 1, "error": 2, "abort": 1}
 
 
 def test_labels_come_from_fixed_sets(start: Callable[..., Any]) -> None:
