@@ -102,7 +102,7 @@ def test_a_drain_has_an_end(fake_llm: Any, drain_s: float, signals: int) -> None
     assert refused == 503
     assert lines[-1] == "[DONE]"
     assert json.loads(lines[-2])["error"]["code"] == 503
-    assert seconds < 2.0
+    assert seconds < 5.0
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
