@@ -54,7 +54,7 @@ class Service:
     @property
     def is_live(self) -> bool:
         """Whether waiting can help: the engine's loop turns, or is on its way."""
-        return self.llm is None or (self.llm.is_alive and not self._is_stuck)
+        return self.draining or self.llm is None or (self.llm.is_alive and not self._is_stuck)
 
     @property
     def _is_stuck(self) -> bool:

@@ -105,6 +105,7 @@ class FakeLLM:
                                num_prefix_hits=4, num_preemptions=1)
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
+        self.is_ready = self.is_alive = False
         end = time.monotonic() + drain_s
         while self.num_running and time.monotonic() < end:
             await asyncio.sleep(0.01)
