@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from pelton.errors import ConfigError, ModelFormatError, RequestError
-from pelton.text.sandbox import SandboxedTemplates, TemplateLimitError, metered
+from pelton.text.sandbox import SandboxedTemplates, TemplateLimitError, TemplateRefusal, metered
 from pelton.text.tokenizer import Tokenizer, read_tokenizer_config
 from pelton.weights.fields import read_json
 from pelton.weights.files import ModelFiles
@@ -84,7 +84,7 @@ def _render(template: jinja2.Template, context: Mapping[str, Any]) -> str:
             return template.render(context)
     except TemplateLimitError as error:
         raise RequestError(f"the chat template was stopped: {error}", "messages") from None
-    except jinja2.TemplateError as error:  # also what the template says with raise_exception()
+    except TemplateRefusal as error:
         raise RequestError(f"the chat template refuses these messages: {_one_line(error)}", "messages") from None
     except Exception as error:  # whatever a template does wrong: it belongs to this request
         raise RequestError(f"the chat template fails on these messages: {_one_line(error)}", "messages") from None

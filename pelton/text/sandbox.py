@@ -1,7 +1,7 @@
 """A Jinja environment for templates nobody vouches for: no way out of it, and a bound on time, output and sizes.
 
 Jinja's own sandbox keeps templates away from Python's internals. What it leaves open is work without end; here every
-loop turn, call and filter checks the clock, and every operation that can make something large is measured first.
+loop turn, call, filter and operation on text checks the clock, and what can make something large is measured first.
 """
 
 from __future__ import annotations
@@ -24,15 +24,20 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_SECONDS = 2.0  # of processor time, for one rendering
+MAX_SECONDS = 1.0  # of processor time, for one rendering
 MAX_OUTPUT = 16 << 20  # characters given out, inner blocks included
-MAX_SIZE = 1 << 28  # characters, or items, that one operation may make
+MAX_SIZE = 1 << 26  # bytes that one operation may make, about
+POINTER_BYTES = 8
 MAX_RANGE = 100_000
 _WIDE_FORMAT = re.compile(r"[0-9]{5,}|%[^a-zA-Z%]*\*")  # a field's width of 5 digits, or one given as an argument
 
 
 class TemplateLimitError(jinja2.TemplateError):
     """A template does more than is allowed."""
+
+
+class TemplateRefusal(jinja2.TemplateError):
+    """A template says, with raise_exception(), that it does not take these messages."""
 
 
 class _Meter:
@@ -68,8 +73,10 @@ def _tick(written: int = 0) -> None:
 
 
 def _size(value: Any) -> int:
-    if isinstance(value, (str, bytes, list, tuple, dict)):
+    if isinstance(value, (str, bytes)):
         return len(value)
+    if isinstance(value, (list, tuple, dict)):
+        return POINTER_BYTES * len(value)
     return abs(value) if isinstance(value, int) else 1
 
 
@@ -112,7 +119,7 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
         )
         self.filters["tojson"] = _tojson
         self.filters = {name: _limited(function) for name, function in self.filters.items()}
-        self.filters |= {"_turns": _turns, "_concat": _concat}
+        self.filters |= {"_turns": _turns, "_concat": _concat, "_same": _same}
         self.globals |= {"range": _range, "raise_exception": _raise_exception, "strftime_now": _strftime_now}
         del self.globals["lipsum"]
 
@@ -122,7 +129,7 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         _tick()
-        receiver = getattr(obj, "__self__", None)
+        receiver = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # Jinja wraps str.format
         if isinstance(receiver, str):
             _check_call(obj.__name__, receiver, [*args, *kwargs.values()])
         return super().call(context, obj, *args, **kwargs)
@@ -141,18 +148,33 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
 
 
 class _AddLimits(NodeTransformer):
-    """Puts the limits' functions into a template's tree: around what is looped over, and in place of `~`."""
+    """Puts the limits' functions into a template's tree, as filters of what is looped over, compared or sliced,
+    and in place of `~`: there Jinja has no hook."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         self.generic_visit(node)
-        node.iter = nodes.Filter(node.iter, "_turns", [nodes.Const(written)], [], None, None, lineno=node.lineno)
+        node.iter = _filtered(node.iter, "_turns", nodes.Const(written))
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         self.generic_visit(node)
-        items = nodes.List(node.nodes, lineno=node.lineno)
-        return nodes.Filter(items, "_concat", [], [], None, None, lineno=node.lineno)
+        return _filtered(nodes.List(node.nodes, lineno=node.lineno), "_concat")
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+        self.generic_visit(node)
+        node.expr = _filtered(node.expr, "_same")
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Getitem:
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = _filtered(node.node, "_same")
+        return node
+
+
+def _filtered(value: Any, name: str, *args: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(value, name, list(args), [], None, None, lineno=value.lineno)
 
 
 class _GenerationBlock(Extension):
@@ -180,7 +202,13 @@ def _turns(iterable: Any, written: int) -> Iterator[Any]:
         yield item
 
 
+def _same(value: Any) -> Any:
+    _tick()
+    return value
+
+
 def _concat(values: list[Any]) -> str:
+    _tick()
     texts = [str(value) for value in values]
     _check_size(sum(map(len, texts)))
     return "".join(texts)
@@ -221,7 +249,7 @@ def _range(*args: int) -> range:
 
 
 def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise TemplateRefusal(message)
 
 
 def _strftime_now(format: str) -> str:
