@@ -94,7 +94,7 @@ def configured_indexes(env: Environment) -> PackageIndexes:
 
 
 def _ask_pip() -> tuple[str, dict[str, str]]:
-    """pip's default index, and its settings: its files, then the environment (PIP_INDEX_URL, ...), which is stronger."""
+    """pip's default index, and its settings: its files, then the environment (PIP_INDEX_URL, ...), the stronger."""
     where = [] if importlib.util.find_spec("pip") else _bundled_pip()
     done = subprocess.run([sys.executable, "-c", ASK_PIP, *where], capture_output=True, text=True, check=False)
     default_url, *lines = done.stdout.splitlines() or [""]

@@ -1,0 +1,1 @@
+"""The command line: `pelton serve`, `chat`, `run`, `pull`, `bench`. One small file a command."""

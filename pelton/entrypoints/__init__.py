@@ -1,0 +1,1 @@
+"""The module names under which people start vLLM."""
