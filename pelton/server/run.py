@@ -19,7 +19,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from pelton.config import EngineArgs, Environment
-from pelton.errors import ConfigError
+from pelton.errors import ConfigError, EngineDeadError
 from pelton.server.app import create_app
 from pelton.server.backend import Backend
 from pelton.server.connection import with_header_deadline
@@ -32,7 +32,8 @@ CLOSE_S = 5  # after the drain, the time for the last bytes to leave
 
 
 def run_server(args: EngineArgs, settings: ServerSettings) -> None:
-    """Serve until SIGTERM or Ctrl-C. PeltonError if the port is taken or the model cannot be served."""
+    """Serve until SIGTERM or Ctrl-C. PeltonError if the port is taken, the model cannot be served, or the engine
+    dies for good."""
     level = logging.getLevelNamesMapping().get(Environment.read().log_level, logging.INFO)
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     asyncio.run(serve(args, settings))
@@ -46,7 +47,7 @@ async def start_engine(args: EngineArgs) -> Backend:
 
 
 async def serve(args: EngineArgs, settings: ServerSettings, start: Start = start_engine) -> None:
-    """As run_server, in a running event loop. `start` makes the engine."""
+    """As run_server, in an event loop. `start` makes the engine."""
     begun = time.monotonic()
     num_logprobs = sys.maxsize if args.max_logprobs == -1 else args.max_logprobs
     settings = replace(settings, limits=replace(settings.limits, num_logprobs=num_logprobs))
@@ -58,6 +59,7 @@ async def serve(args: EngineArgs, settings: ServerSettings, start: Start = start
     loading = asyncio.ensure_future(start(args))
     stopped = asyncio.Event()
     stopping = asyncio.create_task(stopped.wait())
+    dead = asyncio.create_task(_engine_death(service))
     with _signals(stopped, server):
         print(f"pelton: loading {args.model}", flush=True)
         try:
@@ -65,11 +67,20 @@ async def serve(args: EngineArgs, settings: ServerSettings, start: Start = start
             if loading.done():
                 service.attach(loading.result())
                 _print_ready(service, settings, listener, time.monotonic() - begun)
-                await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({stopping, serving, dead}, return_when=asyncio.FIRST_COMPLETED)
+            if dead.done():
+                raise EngineDeadError("the engine has died and could not be started again; the log tells why")
         finally:
             stopping.cancel()
+            dead.cancel()
             await _stop(service, loading, settings, server)
             await serving
+
+
+async def _engine_death(service: Service) -> None:
+    """Returns when the engine is gone for good; whoever started the server can then start it again."""
+    while service.llm is None or service.llm.is_alive or service.draining:
+        await asyncio.sleep(0.2)
 
 
 async def _stop(service: Service, loading: asyncio.Future[Backend], settings: ServerSettings, server: _Server) -> None:

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from pelton.config import EngineArgs
-from pelton.errors import ConfigError, ModelNotFoundError
+from pelton.errors import ConfigError, EngineDeadError, ModelNotFoundError
 from pelton.server.run import bind, serve
 from pelton.server.settings import ServerSettings
 
@@ -127,6 +127,17 @@ def test_a_signal_while_the_model_loads() -> None:
 
     asyncio.run(asyncio.wait_for(serve(EngineArgs("slow"), ServerSettings(port=0), load), 5))
     assert cancelled
+
+
+def test_an_engine_that_is_dead_for_good_ends_the_server(fake_llm: Any) -> None:
+    llm = fake_llm()
+
+    async def load(args: EngineArgs) -> Any:
+        asyncio.get_running_loop().call_later(0.1, setattr, llm, "is_alive", False)
+        return llm
+
+    with pytest.raises(EngineDeadError, match="could not be started again"):
+        asyncio.run(asyncio.wait_for(serve(EngineArgs("fake"), ServerSettings(port=0), load), 5))
 
 
 def test_addresses_that_cannot_be_had() -> None:
