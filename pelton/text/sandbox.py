@@ -130,7 +130,7 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         _tick()
         receiver = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # Jinja wraps str.format
-        if isinstance(receiver, str):
+        if isinstance(receiver, (str, bytes, int)):
             _check_call(obj.__name__, receiver, [*args, *kwargs.values()])
         return super().call(context, obj, *args, **kwargs)
 
