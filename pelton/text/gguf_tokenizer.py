@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
 from pelton.errors import ModelFormatError
@@ -152,8 +152,9 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
         byte_fallback=True,
     )
     add_space = _read_flag(metadata, "add_space_prefix", True)
-    scheme = "first" if add_space else "never"
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
+    # The space comes at the beginning of a text and after each special token, also where there is one already.
+    prefix = [normalizers.Prepend(SPACE)] if add_space else []
+    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if add_space:
         steps.append(decoders.Strip(" ", 1, 0))

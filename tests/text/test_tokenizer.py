@@ -26,7 +26,7 @@ def test_the_corpus_is_large_enough() -> None:
     assert len(set(CORPUS)) == len(CORPUS) >= 200
 
 
-@pytest.mark.parametrize("model", ["smollm2", "gemma3"])
+@pytest.mark.parametrize("model", ["smollm2", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_ids_and_text_equal_transformers(
     model: str, transformers_tokenizer: Callable[[Path], Any], request: pytest.FixtureRequest
 ) -> None:
@@ -255,3 +255,45 @@ def test_another_tokenizer(folder: Path, sentencepiece_metadata: dict[str, Any],
     assert load_tokenizer(files, str(folder)).token_id("<|user|>") == 1
     with pytest.raises(ConfigError, match="no such file"):
         load_tokenizer(files, str(folder / "nothing"))
+
+
+# --- against the original implementation of SentencePiece ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("add_space", [True, False])
+def test_ids_equal_sentencepiece(tmp_path: Path, files_of: FilesOf, add_space: bool) -> None:
+    """A vocabulary as Llama 2's, trained here, put into GGUF metadata as llama.cpp's converter does it."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "text").write_text("\n".join(text for text in CORPUS if text.isprintable()))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "sp"),
+        model_type="bpe",
+        vocab_size=1200,
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=add_space,
+        num_threads=1,
+        minloglevel=2,
+    )
+    original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "sp.model"))
+    ids = range(original.vocab_size())
+    kinds = [2, 3, 3] + [6 if original.is_byte(i) else 1 for i in ids[3:]]  # <unk> <s> </s>, then bytes and pieces
+    metadata = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [original.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": [original.get_score(i) for i in ids],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_space_prefix": add_space,
+    }
+    ours = load_tokenizer(files_of(metadata))
+    for text in CORPUS:
+        if not any(special in text for special in ours.special_tokens) and "\0" not in text:
+            assert ours.encode(text, add_special_tokens=False) == original.encode(text), text
+            assert ours.encode(text)[0] == 1
