@@ -1,0 +1,66 @@
+"""From what was typed to a running engine. This is the one place that knows all the parts."""
+
+from __future__ import annotations
+
+import torch
+
+from pelton.config import EngineArgs, EngineConfig, Environment, resolve
+from pelton.engine.core import EngineCore
+from pelton.engine.host import Engine, OnProgress
+from pelton.engine.messages import EngineInfo
+from pelton.engine.scheduler import Scheduler
+from pelton.errors import ConfigError
+from pelton.models import find_model
+from pelton.runner.device import probe_device
+from pelton.runner.kv_cache import KVCache
+from pelton.runner.model_runner import ModelRunner
+from pelton.weights import hub
+from pelton.weights.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
+from pelton.weights.files import ModelFiles, open_model, weight_bytes
+
+
+def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Engine:
+    """args -> files -> configuration -> checkpoint -> model -> runner -> engine.
+
+    on_progress: called with (bytes done, bytes in all) of the weights. Raises a PeltonError that names what cannot
+    work.
+    """
+    files = open_model(hub.resolve(args.model, hub=args.hub, revision=args.revision, download_dir=args.download_dir))
+    if args.load_format not in ("auto", "dummy", files.format):
+        raise ConfigError(f"--load-format {args.load_format}: {args.model} is {files.format}; leave the flag out")
+
+    architecture = find_model(files.config)
+    kv_layers = architecture.kv_layers(files.config)
+    machine = probe_device(args.device)
+    config = resolve(args, files.config, kv_layers, weight_bytes(files), machine, Environment.read())
+
+    torch.set_num_threads(config.device.num_threads)
+    device, dtype = torch.device(config.device.kind), getattr(torch, config.model.dtype)
+    checkpoint = _open_checkpoint(args, files, dtype, device, on_progress)
+    model = architecture.load(checkpoint)
+    checkpoint.finish()
+
+    kv = KVCache(config.cache, kv_layers, dtype, device)
+    runner = ModelRunner(model, kv, config)
+    scheduler = Scheduler(config.scheduler, config.cache)
+    return Engine(EngineCore(scheduler, runner), _info(config, machine.name))
+
+
+def _open_checkpoint(
+    args: EngineArgs, files: ModelFiles, dtype: torch.dtype, device: torch.device, on_progress: OnProgress | None
+) -> Checkpoint:
+    if args.load_format == "dummy":
+        return DummyCheckpoint(files.config, dtype, device, args.seed)
+    return open_checkpoint(files, dtype, device, on_progress)
+
+
+def _info(config: EngineConfig, device_name: str) -> EngineInfo:
+    cache = config.cache
+    return EngineInfo(
+        max_model_len=config.model.max_model_len,
+        dtype=config.model.dtype,
+        device=device_name,
+        block_size=cache.block_size,
+        num_kv_tokens=(cache.num_blocks - 1) // len(cache.groups) * cache.block_size,
+        notes=config.notes,
+    )

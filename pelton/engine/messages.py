@@ -1,0 +1,93 @@
+"""What passes between a door and an engine that runs in another thread or process.
+
+    door -> engine   Start (first, and once), then EngineRequest and Abort, in the end Close
+    engine -> door   Progress while it loads; Ready or Failed; then one Report for each turn of its loop
+
+All are plain data, so that `wire` can carry them between processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pelton.config import EngineArgs
+from pelton.engine.scheduler import SchedulerStats
+from pelton.engine.step import EngineRequest, Update
+from pelton.errors import PeltonError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a door needs to know of an engine."""
+
+    max_model_len: int  # tokens, prompt and completion together
+    dtype: str
+    device: str  # its name, as a person knows it
+    block_size: int  # tokens in a KV block
+    num_kv_tokens: int  # tokens whose keys and values fit the cache, at the least
+    notes: tuple[str, ...] = ()  # one line for each choice a person may wonder about
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Build the engine."""
+
+    args: EngineArgs
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End a request."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Leave the loop after the current step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far loading has come, in bytes of weights."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The engine takes requests."""
+
+    info: EngineInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The engine cannot start."""
+
+    error: PeltonError
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A request that the engine did not take."""
+
+    request_id: int
+    error: PeltonError
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One turn of the engine's loop; that it comes at all is the heartbeat."""
+
+    stats: SchedulerStats
+    updates: list[Update] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+
+Command = Start | EngineRequest | Abort | Refusal | Close
+"""To the engine. A Refusal stands for a request that could not be read; it is answered with itself."""
+
+Message = Progress | Ready | Failed | Report
+"""From the engine."""
