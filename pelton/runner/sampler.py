@@ -99,8 +99,8 @@ def _candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]
         top, order = torch.topk(probs, min(FIRST_TOP, len(probs)))
         if float(top.sum()) < params.top_p:
             top, order = torch.sort(probs, descending=True)
-        before = top.cumsum(dim=0) - top  # mass of the more likely ones: the first always stays
-        keep = before < params.top_p
+        keep = top.cumsum(dim=0) - top < params.top_p  # by the mass of the more likely ones
+        keep[0] = True  # also where top_p is below what float32 can hold
         token_ids, probs = token_ids[order[keep]], top[keep]
     return token_ids, probs
 

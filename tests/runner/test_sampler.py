@@ -56,6 +56,7 @@ def test_top_k_top_p_min_p_keep_the_right_tokens() -> None:
     assert set(draws(200, row, top_k=2)) == {0, 1}
     assert set(draws(200, row, top_p=0.75)) == {0, 1, 2}  # 0.4 + 0.3 < 0.75: the third one crosses the line
     assert set(draws(200, row, top_p=0.01)) == {0}
+    assert set(draws(20, row, top_p=1e-320)) == {0}
     assert set(draws(200, row, min_p=0.6)) == {0, 1}
     assert set(draws(200, row, top_k=3, top_p=0.7)) == {0, 1}  # of the three: 0.44, 0.33, 0.22
 
