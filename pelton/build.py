@@ -12,8 +12,10 @@ from pelton.engine.scheduler import Scheduler
 from pelton.errors import ConfigError
 from pelton.models import find_model
 from pelton.runner.device import probe_device
+from pelton.runner.grammar import Grammars
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.model_runner import ModelRunner
+from pelton.text.tokenizer import load_tokenizer
 from pelton.weights import hub
 from pelton.weights.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from pelton.weights.files import ModelFiles, open_model, weight_bytes
@@ -41,7 +43,7 @@ def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Eng
     checkpoint.finish()
 
     kv = KVCache(config.cache, kv_layers, dtype, device)
-    runner = ModelRunner(model, kv, config)
+    runner = ModelRunner(model, kv, config, Grammars(lambda: load_tokenizer(files, args.tokenizer)))
     scheduler = Scheduler(config.scheduler, config.cache)
     return Engine(EngineCore(scheduler, runner), _info(config, machine.name))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -11,6 +11,17 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+
+class Vocabulary(Protocol):
+    """What a grammar needs of a tokenizer."""
+
+    @property
+    def eos_token_ids(self) -> Sequence[int]:
+        """The tokens that end a text."""
+
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json."""
 
 
 class GrammarState:
@@ -37,9 +48,8 @@ class GrammarState:
 class Grammars:
     """Makes the grammar states of one model; its tokenizer is prepared when the first is asked for."""
 
-    def __init__(self, tokenizer_json: Callable[[], str], eos_token_ids: Sequence[int]) -> None:
-        self._tokenizer_json = tokenizer_json
-        self._eos_token_ids = list(eos_token_ids)
+    def __init__(self, load_tokenizer: Callable[[], Vocabulary]) -> None:
+        self._load_tokenizer = load_tokenizer
         self._tokenizer: LLTokenizer | None = None
 
     def start(self, grammar: str, vocab_size: int) -> GrammarState:
@@ -47,7 +57,8 @@ class Grammars:
         from llguidance import LLMatcher, LLTokenizer
 
         if self._tokenizer is None:
-            self._tokenizer = LLTokenizer(self._tokenizer_json(), n_vocab=vocab_size, eos_token=self._eos_token_ids)
+            tokenizer = self._load_tokenizer()
+            self._tokenizer = LLTokenizer(tokenizer.to_json(), vocab_size, list(tokenizer.eos_token_ids))
         matcher = LLMatcher(self._tokenizer, grammar)
         if matcher.is_error():
             raise RuntimeError(f"the grammar cannot be used: {matcher.get_error()}")

@@ -47,7 +47,7 @@ def _lower(constraint: StructuredOutputsParams) -> str:
             raise ValueError("a JSON schema must be an object")
         if constraint.disable_additional_properties:
             schema = {"additionalProperties": False, **schema}
-        compact = {"whitespace_flexible": False} if constraint.disable_any_whitespace else {}
+        compact: dict[str, bool | str] = {"whitespace_flexible": False} if constraint.disable_any_whitespace else {}
         if constraint.whitespace_pattern is not None:
             compact = {"whitespace_pattern": constraint.whitespace_pattern}
         return LLMatcher.grammar_from_json_schema({**schema, "x-guidance": compact} if compact else schema)

@@ -19,6 +19,15 @@ from pelton.types import SamplingParams, StructuredOutputsParams
 EOS, VOCAB = 0, 270  # logits are wider than the vocabulary, as in many checkpoints
 
 
+class Vocabulary:
+    """A library tokenizer as grammars want it."""
+
+    eos_token_ids = (EOS,)
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.to_json = tokenizer.to_str
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -34,7 +43,7 @@ def generate(tokenizer: Tokenizer, constraint: dict[str, Any], seed: int, max_to
     params = SamplingParams(seed=seed, structured_outputs=StructuredOutputsParams(**constraint))
     grammar = compile_grammar(StructuredOutputsParams(**constraint))
     state = RequestState(EngineRequest(1, [5], params, (EOS,), grammar=grammar), 1)
-    sampler = Sampler(0, Grammars(tokenizer.to_str, [EOS]))
+    sampler = Sampler(0, Grammars(lambda: Vocabulary(tokenizer)))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(max_tokens):
         logits = torch.randn(1, VOCAB, generator=generator)
