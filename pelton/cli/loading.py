@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from pelton import door
 from pelton.config import EngineArgs
-from pelton.weights import hub
+from pelton.weights.hub import Progress as OnProgress
 
 if TYPE_CHECKING:
     from pelton.llm import LLM
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 def fetch(args: EngineArgs) -> EngineArgs:
     """`args` with the model on this machine, served under the name it was asked for by."""
     with bar(f"fetching {args.model}", in_bytes=True) as report:
-        path = hub.resolve(
-            args.model, hub=args.hub, revision=args.revision, download_dir=args.download_dir, on_progress=report
-        )
-    return dataclasses.replace(args, model=str(path), served_model_name=args.served_model_name or [args.model])
+        return door.fetch(args, report)
 
 
 def load(args: EngineArgs) -> LLM:
@@ -34,11 +31,11 @@ def load(args: EngineArgs) -> LLM:
 
 
 @contextmanager
-def bar(title: str, *, in_bytes: bool = False, at_once: bool = False) -> Iterator[hub.Progress]:
+def bar(title: str, *, in_bytes: bool = False, at_once: bool = False) -> Iterator[OnProgress]:
     """A bar on stderr, there from the start (`at_once`) or from the first report, and gone at the end."""
     if not sys.stderr.isatty():
-        with _line(title, at_once) as report:
-            yield report
+        with _line(title, at_once) as plain_report:
+            yield plain_report
         return
     from rich.console import Console
     from rich.progress import (
@@ -69,7 +66,7 @@ def bar(title: str, *, in_bytes: bool = False, at_once: bool = False) -> Iterato
 
 
 @contextmanager
-def _line(title: str, at_once: bool) -> Iterator[hub.Progress]:
+def _line(title: str, at_once: bool) -> Iterator[OnProgress]:
     said = at_once
     if at_once:
         print(f"pelton: {title}", file=sys.stderr)

@@ -9,7 +9,6 @@ from typing import Any
 from pelton.cli.flags import add_engine_flags, add_flags, engine_args, given_fields
 from pelton.cli.parser import Parser
 from pelton.config import Environment
-from pelton.errors import ConfigError
 from pelton.server.settings import ServerSettings
 
 SERVER_FLAGS = {
@@ -77,5 +76,5 @@ def _json_list(text: str) -> tuple[str, ...]:
     except ValueError:
         values = None
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ConfigError(f"{text} is not a JSON list of texts; write for example '[\"https://example.com\"]'")
+        raise argparse.ArgumentTypeError(f"{text} is not a JSON list; write for example '[\"https://example.com\"]'")
     return tuple(values)

@@ -103,7 +103,7 @@ def resolve(
     if hub not in HUBS:
         raise ConfigError(f"--hub {hub} is unknown; choose one of {', '.join(HUBS)}")
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return path
     env = Environment.read()
     prefix, _, rest = name.partition(":")
@@ -122,7 +122,8 @@ def resolve(
 def _no_such_name(name: str) -> str:
     if "/" in name or name.startswith(("~", ".")) or name.endswith((".gguf", ".safetensors")):
         return f"there is no file or folder {name}; check the path, or name a repository as org/name"
-    close = difflib.get_close_matches(name.lower(), CATALOGUE, n=1, cutoff=0.5)
+    begins = [known for known in CATALOGUE if name and known.startswith(name.lower())]
+    close = begins or difflib.get_close_matches(name.lower(), CATALOGUE, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"no model is called {name}; {hint}use {' or '.join(CATALOGUE)}, a path, or a repository as org/name"
 
@@ -208,14 +209,19 @@ def _from_huggingface(
     import huggingface_hub as hf
     from huggingface_hub import errors
 
-    http_error = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library in use, which changed between versions
+    http_error: Any = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library in use, which changed between versions
     try:
         try:
             names = hf.list_repo_files(repo, revision=revision)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             raise
-        except (OSError, http_error):  # no network: what an earlier run fetched will do
-            folder = Path(hf.snapshot_download(repo, revision=revision, cache_dir=cache_dir, local_files_only=True))
+        except (OSError, http_error) as no_network:
+            try:  # what an earlier run fetched will do; no patterns: it never fetched all files of the repository
+                folder = Path(hf.snapshot_download(
+                    repo, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=[]
+                ))  # fmt: skip
+            except OSError:
+                raise no_network from None
             return folder, choose_files(repo, [str(p.relative_to(folder)) for p in folder.rglob("*")], quant, file)
         files = choose_files(repo, names, quant, file)
         patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in files]
