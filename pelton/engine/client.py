@@ -171,7 +171,8 @@ class ThreadClient(EngineClient):
         except Exception as error:  # a bug in the engine: its door says so to whoever asks
             logger.exception("the engine failed")
             why = f"the engine failed: {type(error).__name__}: {error}"
-        self._post(self._on_end, why)
+        finally:
+            self._post(self._on_end, why)
 
     def _post(self, function: Callable[..., None], argument: object) -> None:
         """Call `function` on the event loop's thread."""
@@ -188,15 +189,16 @@ class ThreadClient(EngineClient):
             if isinstance(message, Ready):
                 self._started.set_result(message.info)
             else:
+                self.state, self._why = State.DEAD, str(message.error)
                 self._started.set_exception(message.error)
 
     def _on_end(self, why: str) -> None:
-        self._ended.set()
-        if self.state is not State.CLOSED:
+        if self.state not in (State.CLOSED, State.DEAD):
             self.state, self._why = State.DEAD, why
         self._fail_all(EngineDeadError(why))
         if not self._started.done():
             self._started.set_exception(EngineDeadError(why))
+        self._ended.set()
 
     def _send(self, command: Command) -> None:
         self._commands.put(command)

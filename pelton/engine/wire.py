@@ -78,10 +78,11 @@ def encode(message: Command | Message) -> bytes:
 def decode(body: bytes) -> Any:
     """The message in a frame's body. A request whose fields are out of range arrives as a Refusal of itself."""
     try:
-        return _unpack(body)
-    except RequestError as error:
-        return Refusal(_request_id(body), error)
-    except (TypeError, ValueError, IndexError, KeyError, msgpack.UnpackException) as error:
+        try:
+            return _unpack(body)
+        except RequestError as error:
+            return Refusal(_request_id(body), error)
+    except (TypeError, ValueError, AttributeError, LookupError, RecursionError, msgpack.UnpackException) as error:
         raise WireError(f"the engine and its door do not understand each other: {error}") from None
 
 
@@ -160,5 +161,5 @@ def _request_id(body: bytes) -> int:
     """The id of the request in `body`, without a look at its other fields."""
     outer = msgpack.unpackb(body)
     if not isinstance(outer, msgpack.ExtType) or outer.code != _REQUEST:
-        raise WireError("the engine and its door do not understand each other")
+        raise ValueError("a field is out of range")
     return int(msgpack.unpackb(outer.data)[0])
