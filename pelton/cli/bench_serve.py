@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -55,8 +56,11 @@ class Server:
     url: str
     api_key: str | None
 
-    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> http.client.HTTPResponse:
-        """An open response. OSError or HTTPException if the server cannot be reached."""
+    @contextmanager
+    def request(
+        self, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """An open response, closed afterwards. OSError or HTTPException if the server cannot be reached."""
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"--base-url {self.url} is no http or https address")
@@ -65,8 +69,10 @@ class Server:
         headers = {"Content-Type": "application/json", "Connection": "close"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
-        connection.request(method, parts.path.rstrip("/") + path, json.dumps(body) if body else None, headers)
-        return connection.getresponse()
+        with closing(connection):
+            connection.request(method, parts.path.rstrip("/") + path, json.dumps(body) if body else None, headers)
+            with connection.getresponse() as response:
+                yield response
 
     def first_model(self) -> str:
         """The name of the first model it serves. ConfigError if there is no such server."""

@@ -80,9 +80,8 @@ class Conversation:
         self.messages.append({"role": "user", "content": prompt})
         writer, said, num_tokens = AnswerWriter(), "", 0
         start = first = time.monotonic()
-        stream = self.llm.chat(list(self.messages), self.params, stream=True)
         try:
-            with contextlib.closing(stream):
+            with contextlib.closing(self.llm.chat(list(self.messages), self.params, stream=True)) as stream:
                 for output in stream:
                     completion = output.outputs[0]
                     first = first if num_tokens else time.monotonic()

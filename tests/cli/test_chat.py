@@ -109,7 +109,7 @@ def shown(terminal: io.StringIO, text: str, columns: int, monkeypatch: pytest.Mo
 def test_words_are_not_broken(terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "the quick brown fox\n\n  jumps over unbelievably-long-words-too"
     assert shown(terminal, text, 12, monkeypatch) == (
-        "the quick\nbrown fox\n\n  jumps over\nunbelievably-long-words-too\n"
+        "the quick \nbrown fox\n\n  jumps over\nunbelievably-long-words-too\n"
     )
 
 
