@@ -66,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
     from pelton.cli.loading import fetch
     from pelton.server.run import run_server
 
-    run_server(fetch(args), server_settings)
+    fetch(args)  # with a progress bar; the server then finds it
+    run_server(args, server_settings)
     return 0
 
 
