@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from pathlib import Path
 
 import hypothesis
+import numpy
 import pytest
+import tokenizers
+from safetensors.numpy import save_file
 
+from pelton.text.byte_alphabet import BYTE_TO_CHAR
 from pelton.weights import hub
 
 hypothesis.settings.register_profile("pelton", deadline=None, derandomize=True, max_examples=50)
@@ -33,3 +38,27 @@ def _seed() -> None:
     random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small Llama to be loaded with load_format="dummy": its tokens are bytes, its weights random."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({char: i for i, char in enumerate(BYTE_TO_CHAR)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>", "<|user|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": "<|end|>",
+        "chat_template": "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}>"
+                         "{% endif %}",
+    }))  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 258, "hidden_size": 32,
+        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "torch_dtype": "float32",
+        "eos_token_id": 256,
+    }))  # fmt: skip
+    save_file({"lm_head.weight": numpy.zeros((1, 1), numpy.float32)}, folder / "model.safetensors")
+    return folder
