@@ -30,6 +30,11 @@ def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Eng
     files = open_model(hub.resolve(args.model, hub=args.hub, revision=args.revision, download_dir=args.download_dir))
     if args.load_format not in ("auto", "dummy", files.format):
         raise ConfigError(f"--load-format {args.load_format}: {args.model} is {files.format}; leave the flag out")
+    if args.quantization not in (None, "auto", "none", files.format):
+        raise ConfigError(
+            f"--quantization {args.quantization}: {args.model} is not stored so, and this version does not quantise "
+            "while loading; leave the flag out, or use a checkpoint in that format"
+        )
 
     architecture = find_model(files.config)
     kv_layers = architecture.kv_layers(files.config)

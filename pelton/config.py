@@ -34,6 +34,7 @@ class EngineArgs:
     revision: str | None = None
     download_dir: str | None = None
     load_format: str = "auto"  # "auto", "safetensors", "gguf", "dummy"
+    quantization: str | None = None  # only to say what the checkpoint is anyway; pelton reads it from there
     dtype: str = "auto"
     max_model_len: int | None = None
     device: str = "auto"  # "auto", "cpu", "cuda"

@@ -33,7 +33,6 @@ IGNORED = {
     "disable_async_output_proc": "output is always processed beside the engine",
     "distributed_executor_backend": "there is one device",
     "compilation_config": "nothing is compiled at run time",
-    "quantization": "the format is read from the checkpoint",
     "use_tqdm_on_load": "loading is quick",
     "async_scheduling": "LLM schedules each step",
 }

@@ -23,6 +23,7 @@ ENGINE_FLAGS = {
     "revision": "branch, tag or commit of the repository",
     "download_dir": "where fetched models are kept [~/.cache/pelton, Hugging Face's cache]",
     "load_format": "auto, safetensors, gguf; dummy: random weights",
+    "quantization": "the checkpoint's format, if you want to name it; it is read from the checkpoint",
     "dtype": "auto, float32, bfloat16, float16",
     "max_model_len": "most tokens of prompt and answer together; 4096, 4k (thousands) or 4K (1024s) [the model's]",
     "device": "auto, cpu, cuda",

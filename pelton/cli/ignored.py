@@ -24,7 +24,6 @@ SWITCHES = {
     "--worker-use-ray": "there is one device",
 }
 VALUES = {
-    "--quantization": "the format is read from the checkpoint",
     "--swap-space": "preempted requests are computed again, not swapped",
     "--preemption-mode": "preempted requests are computed again, not swapped",
     "--max-seq-len-to-capture": "graphs are captured as they are needed",

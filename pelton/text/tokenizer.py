@@ -117,7 +117,9 @@ class Tokenizer:
 
 def _byte_speller(backend: Backend) -> tuple[Any, bool]:
     """(token -> bytes, whether decoding takes away one leading space), as the tokenizer's decoder defines it."""
-    state: Any = getattr(backend.decoder, "__getstate__", lambda: b'{"type": "none"}')()
+    if backend.decoder is None:
+        raise ModelFormatError("tokenizer.json has no decoder; pelton reads byte-level BPE and SentencePiece")
+    state: Any = backend.decoder.__getstate__()
     decoder = json.loads(state)
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = {str(step["type"]) for step in steps}
