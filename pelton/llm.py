@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
 from pelton.config import DEFAULT_MODEL, EngineArgs
-from pelton.door import ChatOptions, chat_prompt, engine_args, fetch, load_text, text_of
-from pelton.engine.host import Engine, OnProgress
+from pelton.door import BUILDER, ChatOptions, chat_prompt, engine_args, fetch, load_text, text_of
+from pelton.engine.host import Engine, OnProgress, load_builder
 from pelton.engine.step import EngineRequest, Update
 from pelton.errors import EngineDeadError, RequestError
 from pelton.progress import ProgressBar
@@ -61,9 +61,7 @@ class LLM:
     def _open(self, args: EngineArgs, on_progress: OnProgress | None) -> None:
         args = fetch(replace(args, max_waiting=args.max_waiting or NO_LIMIT), on_progress)
         make_prompts = load_text(args, open_model(Path(args.model)))
-        from pelton.build import build_engine  # imports torch
-
-        engine = build_engine(args, on_progress)
+        engine = load_builder(BUILDER)(args, on_progress or (lambda done, total: None))
         self._join(engine, make_prompts(engine.info.max_model_len))
 
     def _join(self, engine: Engine, prompts: Prompts) -> None:

@@ -73,8 +73,9 @@ def test_each_kind_of_output(tiny_model_path: Path, child: bool) -> None:
             assert len(deltas) == 8 and {o.request_id for o in deltas} == {"mine"}
             assert final.finished and final.outputs[0].finish_reason == "length"
             assert final.metrics is not None and final.metrics.first_scheduled_time is not None
-            chat = [o async for o in llm.chat([{"role": "user", "content": "hi"}], PARAMS.clone(output_kind=FINAL_ONLY))]
-            assert chat[0].prompt == "<|user|>hi>"
+            messages = [{"role": "user", "content": "hi"}]
+            (chat,) = [o async for o in llm.chat(messages, PARAMS.clone(output_kind=FINAL_ONLY))]
+            assert chat.prompt == "<|user|>hi>"
             assert llm.heartbeat_age() < 5 and llm.stats().num_preemptions == 0
 
     run(test())

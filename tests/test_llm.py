@@ -217,7 +217,8 @@ def test_the_progress_bar_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("pelton.progress.PATIENCE_S", 0.0)
     monkeypatch.setattr("pelton.progress.REDRAW_S", 0.0)
-    for stderr, enabled, is_drawn in ((Terminal(), True, True), (Terminal(), False, False), (io.StringIO(), True, False)):
+    cases = [(Terminal(), True, True), (Terminal(), False, False), (io.StringIO(), True, False)]
+    for stderr, enabled, is_drawn in cases:
         monkeypatch.setattr(sys, "stderr", stderr)
         with ProgressBar("Prompts", 4, enabled) as bar:
             bar.advance()

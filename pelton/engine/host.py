@@ -7,6 +7,7 @@ Nobody else beats for it, so a loop that stands still is noticed.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -49,6 +50,16 @@ class Engine:
 Builder = Callable[[EngineArgs, OnProgress], Engine]
 
 
+def load_builder(name: str) -> Builder:
+    """The function "module:function". Importing its module is what loads torch."""
+    # OpenMP reads this when torch is loaded. Its threads would else wait by spinning, and on a machine that has
+    # anything else to do they keep the cores from the threads that they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    module, _, function = name.partition(":")
+    builder: Builder = getattr(import_module(module), function)
+    return builder
+
+
 def host(builder: str, commands: SimpleQueue[Command], send: Callable[[Message], None]) -> bool:
     """Build the engine of the Start command and run it until Close. Returns whether it could be built.
 
@@ -56,8 +67,7 @@ def host(builder: str, commands: SimpleQueue[Command], send: Callable[[Message],
     for the model's files.
     """
     try:
-        module, _, function = builder.partition(":")
-        build: Builder = getattr(import_module(module), function)
+        build = load_builder(builder)
         start = commands.get()
         if not isinstance(start, Start):
             return False

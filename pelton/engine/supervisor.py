@@ -148,11 +148,7 @@ class _Child(asyncio.Protocol):
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what is printed by accident goes where log lines go, not into the output of a command
-                env={
-                    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait by spinning take the cores from this process
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-                },
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
                 start_new_session=True,  # Ctrl-C in a terminal is for the parent
             )
         self._transport: asyncio.Transport | None = None
@@ -187,7 +183,9 @@ class _Child(asyncio.Protocol):
                 self.process.kill()
             await asyncio.sleep(0.01)
         code = self.process.returncode
-        return f"exited with code {code}" if code >= 0 else f"was killed by signal {-code}"
+        if code >= 0:
+            return f"exited with code {code}"
+        return f"was killed by signal {-code}" + (", as happens when memory runs out" if code == -9 else "")
 
     async def kill(self) -> str:
         """end(), for a process that stands still."""
