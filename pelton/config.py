@@ -57,6 +57,8 @@ class EngineArgs:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.seed is None:  # vLLM's LLM takes None for its default
+            self.seed = 0
         if self.dtype not in DTYPE_NAMES:
             raise ConfigError(f"--dtype {self.dtype} is unknown; choose one of {', '.join(DTYPE_NAMES)}")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -72,8 +74,8 @@ class EngineArgs:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_waiting", "num_threads",
                      "kv_cache_memory_bytes", "num_gpu_blocks_override"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"--{name.replace('_', '-')} must be an integer of at least 1, got {value!r}")
 
 
 @dataclass(frozen=True)

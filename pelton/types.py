@@ -6,7 +6,7 @@ Standard library only: every other module may import this one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, TypedDict
@@ -80,6 +80,9 @@ class RepetitionDetectionParams:
     min_count: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("max_pattern_size", "min_pattern_size", "min_count"):
+            if type(getattr(self, name)) is not int:
+                raise RequestError(f"{name} must be an integer, got {getattr(self, name)!r}", "repetition_detection")
         if self.max_pattern_size == 0:
             return
         if self.max_pattern_size < 0 or not 0 <= self.min_pattern_size <= self.max_pattern_size:
@@ -160,6 +163,8 @@ class SamplingParams:
             raise RequestError("logprobs and prompt_logprobs are numbers here, not true", "logprobs")
         if self.logit_bias is not None:
             self.logit_bias = _parse_logit_bias(self.logit_bias)
+        for name, record in _RECORDS.items():
+            setattr(self, name, _parse_record(name, getattr(self, name), record))
         if self.guided_decoding is not None:
             if self.structured_outputs is not None:
                 raise RequestError("give structured_outputs or guided_decoding, not both", "guided_decoding")
@@ -318,8 +323,29 @@ def _check_int(name: str, value: int, low: int) -> None:
         raise RequestError(f"{name} must be an integer of at least {low}, got {value!r}", name)
 
 
+_RECORDS: dict[str, type] = {  # fields of SamplingParams that are records of their own
+    "structured_outputs": StructuredOutputsParams,
+    "guided_decoding": GuidedDecodingParams,
+    "repetition_detection": RepetitionDetectionParams,
+}
+
+
+def _parse_record(name: str, value: Any, record: type) -> Any:
+    """A record may be given as a mapping of its fields (JSON)."""
+    if isinstance(value, Mapping):
+        try:
+            return record(**value)
+        except TypeError as error:  # a field it has not
+            raise RequestError(f"{name}: {error}", name) from None
+    if value is not None and not isinstance(value, record):
+        raise RequestError(f"{name} must be a {record.__name__}, got {value!r}", name)
+    return value
+
+
 def _parse_logit_bias(bias: dict[Any, float]) -> dict[int, float]:
     """Keys may be text (JSON); values are clamped to [-100, 100] as OpenAI documents."""
+    if not isinstance(bias, Mapping):
+        raise RequestError(f"logit_bias must map token ids to numbers, got {bias!r}", "logit_bias")
     parsed = {}
     for key, value in bias.items():
         try:

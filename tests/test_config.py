@@ -123,9 +123,14 @@ def test_weights_beyond_the_memory() -> None:
 @pytest.mark.parametrize(
     "args",
     [{"dtype": "int3"}, {"device": "tpu"}, {"tensor_parallel_size": 2}, {"block_size": 12}, {"block_size": 0},
-     {"gpu_memory_utilization": 0.0}, {"max_num_seqs": 0}, {"max_model_len": -5}],
+     {"gpu_memory_utilization": 0.0}, {"max_num_seqs": 0}, {"max_model_len": -5}, {"max_model_len": "128"}],
 )
 def test_arguments_that_cannot_work(args: dict[str, Any]) -> None:
     name = next(iter(args))
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}"):
         EngineArgs(**args)
+
+
+def test_no_seed_is_the_default_seed() -> None:
+    """vLLM's LLM takes seed=None."""
+    assert decide({"seed": None}).device.seed == EngineArgs.seed

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pelton.errors import RequestError
-from pelton.types import GuidedDecodingParams, SamplingParams, StructuredOutputsParams
+from pelton.types import GuidedDecodingParams, RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
 
 
 def test_defaults_are_vllms() -> None:
@@ -42,6 +42,8 @@ def test_other_spellings_are_normalised() -> None:
         ("stop_token_ids", [-1]), ("stop_token_ids", [1.0]), ("allowed_token_ids", []),
         ("logprob_token_ids", list(range(129))), ("logit_bias", {"x": 1.0}), ("logit_bias", {-1: 1.0}),
         ("logit_bias", {1: math.nan}), ("thinking_token_budget", -1), ("stream_interval", 0),
+        ("logit_bias", [1]), ("structured_outputs", "[0-9]"), ("structured_outputs", {"regexp": "[0-9]"}),
+        ("repetition_detection", 3), ("repetition_detection", {"max_pattern_size": 1, "min_count": "2"}),
     ],
 )
 def test_what_is_out_of_range_is_named(field: str, value: Any) -> None:
@@ -62,6 +64,14 @@ def test_both_names_of_structured_outputs() -> None:
         )
     with pytest.raises(RequestError, match="exactly one"):
         StructuredOutputsParams(regex="a", choice=["b"])
+
+
+def test_records_may_be_mappings() -> None:
+    """As in a line of JSON: what is not a record would else reach the engine, and end it."""
+    params = SamplingParams(structured_outputs={"regex": "[0-9]"},  # type: ignore[arg-type]
+                            repetition_detection={"max_pattern_size": 2, "min_count": 3})  # type: ignore[arg-type]
+    assert params.structured_outputs == StructuredOutputsParams(regex="[0-9]")
+    assert params.repetition_detection == RepetitionDetectionParams(max_pattern_size=2, min_count=3)
 
 
 def test_clone_checks_again() -> None:
