@@ -13,16 +13,20 @@ from torch import Tensor
 
 from pelton import ops
 from pelton.config import KVLayer
+from pelton.errors import ModelFormatError
 from pelton.layers.batch import Batch
 from pelton.layers.linear import Linear
 from pelton.layers.norm import RMSNorm
 from pelton.layers.rope import Angles
 from pelton.weights.checkpoint import Checkpoint
 
+LOCAL, GLOBAL = "sliding_attention", "full_attention"  # config.json's words in layer_types
+MAX_HEAD_SIZE = 1024  # twice that of any model there is
+
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What one attention layer is made of."""
+    """What one attention layer is made of. ModelFormatError, in config.json's words, for what cannot be."""
 
     d_model: int
     num_heads: int
@@ -33,6 +37,17 @@ class AttentionShape:
     softcap: float | None = None  # scores s become softcap * tanh(s / softcap)
     qkv_bias: bool = False
     out_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ModelFormatError(
+                f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}"
+            )
+        if self.head_size % 2 or self.head_size > MAX_HEAD_SIZE:
+            raise ModelFormatError(
+                f"head_dim {self.head_size} (if not given, hidden_size / num_attention_heads) is not supported; "
+                f"it must be even and at most {MAX_HEAD_SIZE}"
+            )
 
     @property
     def kv_layer(self) -> KVLayer:

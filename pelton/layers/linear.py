@@ -21,7 +21,7 @@ class Linear:
     @classmethod
     def load(cls, ckpt: Checkpoint, parts: Mapping[str, int], d_in: int, bias: bool = False) -> Linear:
         """Read each part's `.weight` [N, d_in] (and `.bias` [N]) and stack them: y = [part | part | ...]."""
-        weight = fuse([ckpt.linear(f"{name}.weight", (d_out, d_in)) for name, d_out in parts.items()])
+        weight = fuse([ckpt.linear(f"{name}.weight", (d_out, d_in)) for name, d_out in parts.items()]).packed()
         if not bias:
             return cls(weight)
         return cls(weight, torch.cat([ckpt.tensor(f"{name}.bias", (d_out,)) for name, d_out in parts.items()]))

@@ -38,7 +38,8 @@ class LMHead:
     @classmethod
     def load(cls, ckpt: Checkpoint, embedding: Embedding, tied: bool, softcap: float | None = None) -> LMHead:
         """Read `lm_head.weight` [V, d_model], or share the embedding's where `tied`."""
-        return cls(embedding.weight if tied else ckpt.linear("lm_head.weight", embedding.weight.shape), softcap)
+        weight = embedding.weight if tied else ckpt.linear("lm_head.weight", embedding.weight.shape)
+        return cls(weight.packed(), softcap)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[M, d_model] -> [M, V] float32."""
