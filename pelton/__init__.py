@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     )
     from pelton.llm import LLM
     from pelton.types import (
-        BeamSearchParams,
         CompletionOutput,
         GuidedDecodingParams,
         Logprob,
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "LLM", "AsyncLLM", "BeamSearchParams", "CompletionOutput", "ConfigError", "EngineArgs", "EngineDeadError",
+    "LLM", "AsyncLLM", "CompletionOutput", "ConfigError", "EngineArgs", "EngineDeadError",
     "GuidedDecodingParams", "Logprob", "ModelFormatError", "ModelNotFoundError", "OverloadedError", "PeltonError",
     "PromptTooLongError", "RequestError", "RequestFailedError", "RequestOutput", "RequestOutputKind",
     "SamplingParams", "StructuredOutputsParams", "TextPrompt", "TokensPrompt", "__version__",

@@ -65,14 +65,16 @@ class AsyncLLM:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        clip: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of one prompt, as `params.output_kind` says. Closing the iterator aborts within one step.
 
+        clip: shorten a completion that does not fit the context, as LLM does, instead of refusing the request.
         Raises RequestError for what cannot be done, OverloadedError if it cannot be done now, EngineDeadError if the
         engine is lost on the way. A request that the engine has to end alone yields an output with `error` set.
         """
         params = params or self.get_default_sampling_params()
-        requests = await asyncio.to_thread(self._requests, prompt, params, priority, cache_salt)
+        requests = await asyncio.to_thread(self._requests, prompt, params, priority, cache_salt, clip)
         name = request_id or f"request-{requests[0].request_id}"
         if name in self._running:
             raise RequestError(f"there is a request {name} already; use another id", "request_id")
@@ -114,12 +116,12 @@ class AsyncLLM:
                 yield output
 
     def _requests(
-        self, prompt: Prompt, params: SamplingParams, priority: int, cache_salt: str
+        self, prompt: Prompt, params: SamplingParams, priority: int, cache_salt: str, clip: bool
     ) -> list[EngineRequest]:
         """Long texts and grammars take their time, so this runs in a thread."""
         token_ids = self.prompts.encode(prompt, params)
         return self.prompts.requests(
-            lambda: next(self._next_id), token_ids, params, priority=priority, cache_salt=cache_salt
+            lambda: next(self._next_id), token_ids, params, priority=priority, cache_salt=cache_salt, clip=clip
         )
 
     async def abort(self, request_id: str) -> None:

@@ -194,8 +194,7 @@ class LLM:
 
     def _submit(self, jobs: Sequence[_Job], outputs: deque[RequestOutput]) -> None:
         with self._lock, _uninterrupted():
-            if self._failure is not None:
-                raise EngineDeadError(f"this LLM's engine failed before ({self._failure!r}); make a new LLM")
+            self._check_engine()
             for index, job in enumerate(jobs):
                 job.outputs = outputs
                 with _naming("prompt", index, len(jobs)):
@@ -205,6 +204,7 @@ class LLM:
 
     def _step(self) -> None:
         """One step of the engine, for all jobs of all threads."""
+        self._check_engine()
         with _uninterrupted():
             try:
                 updates = self._core.step()
@@ -213,6 +213,10 @@ class LLM:
                 raise
             for update in updates:
                 self._push(update)
+
+    def _check_engine(self) -> None:
+        if self._failure is not None:
+            raise EngineDeadError(f"this LLM's engine failed before ({self._failure!r}); make a new LLM")
 
     def _push(self, update: Update) -> None:
         job = self._jobs.get(update.request_id)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Any, TypedDict
+from typing import Any, TypedDict, overload
 
 from pelton.errors import RequestError
 
@@ -129,7 +129,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
-    extra_args: dict[str, Any] | None = None
+    extra_args: dict[str, Any] | None = None  # carried along for logits processors; nothing else reads it
     bad_words: list[str] | None = None
     thinking_token_budget: int | None = None
     repetition_detection: RepetitionDetectionParams | None = None
@@ -141,6 +141,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._normalise()
+        self._check_kinds()
         self._check_floats()
         self._check_counts()
         self._check_lists()
@@ -169,6 +170,15 @@ class SamplingParams:
             if self.structured_outputs is not None:
                 raise RequestError("give structured_outputs or guided_decoding, not both", "guided_decoding")
             self.structured_outputs = self.guided_decoding
+
+    def _check_kinds(self) -> None:
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, got {getattr(self, name)!r}", name)
+        _check_int("output_kind", self.output_kind, 0)
+        if self.output_kind not in list(RequestOutputKind):
+            raise RequestError(f"output_kind must be a RequestOutputKind, got {self.output_kind}", "output_kind")
+        self.output_kind = RequestOutputKind(self.output_kind)
 
     def _check_floats(self) -> None:
         _check_float("temperature", self.temperature, 0.0, math.inf)
@@ -221,6 +231,11 @@ class SamplingParams:
         return self.temperature < GREEDY_TEMPERATURE  # dividing by less would overflow
 
     @property
+    def wants_logprobs(self) -> bool:
+        """Whether log-probabilities of the completion are asked for."""
+        return self.logprobs is not None or self.logprob_token_ids is not None
+
+    @property
     def stop_strings(self) -> list[str]:
         """`stop` as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -237,22 +252,6 @@ class SamplingParams:
         return SamplingParams(**{k: v for k, v in fields.items() if v is not None or k == "max_tokens"})
 
 
-@dataclass
-class BeamSearchParams:
-    """Options of `LLM.beam_search`."""
-
-    beam_width: int
-    max_tokens: int
-    ignore_eos: bool = False
-    temperature: float = 0.0
-    length_penalty: float = 1.0
-    include_stop_str_in_output: bool = False
-
-    def __post_init__(self) -> None:
-        _check_int("beam_width", self.beam_width, 1)
-        _check_int("max_tokens", self.max_tokens, 1)
-
-
 @dataclass(slots=True)
 class Logprob:
     """Natural-log probability of one token, its rank (1 = most likely) and its text."""
@@ -266,6 +265,49 @@ PositionLogprobs = dict[int, Logprob]
 """Token id -> Logprob at one position; the chosen token comes first."""
 
 
+@dataclass(slots=True)
+class FlatLogprobs(Sequence[PositionLogprobs]):
+    """A list of PositionLogprobs kept as flat lists: for long outputs, far fewer objects.
+
+    The entries of position i are those from start_indices[i] up to end_indices[i]; a position without any reads as {}.
+    """
+
+    start_indices: list[int] = field(default_factory=list)
+    end_indices: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ranks: list[int | None] = field(default_factory=list)
+    decoded_tokens: list[str | None] = field(default_factory=list)
+
+    def append(self, position: PositionLogprobs | None) -> None:
+        """Add a position; None, for the first token of a prompt, is one without entries."""
+        self.start_indices.append(len(self.token_ids))
+        for token_id, entry in (position or {}).items():
+            self.token_ids.append(token_id)
+            self.logprobs.append(entry.logprob)
+            self.ranks.append(entry.rank)
+            self.decoded_tokens.append(entry.decoded_token)
+        self.end_indices.append(len(self.token_ids))
+
+    def __len__(self) -> int:
+        return len(self.start_indices)
+
+    @overload
+    def __getitem__(self, index: int) -> PositionLogprobs: ...
+    @overload
+    def __getitem__(self, index: slice) -> FlatLogprobs: ...
+    def __getitem__(self, index: int | slice) -> PositionLogprobs | FlatLogprobs:
+        if isinstance(index, slice):
+            part = FlatLogprobs()
+            for i in range(*index.indices(len(self))):
+                part.append(self[i])
+            return part
+        return {
+            self.token_ids[i]: Logprob(self.logprobs[i], self.ranks[i], self.decoded_tokens[i])
+            for i in range(self.start_indices[index], self.end_indices[index])
+        }
+
+
 @dataclass
 class CompletionOutput:
     """One completion of a prompt. `text` and `token_ids` hold what `output_kind` says."""
@@ -274,7 +316,7 @@ class CompletionOutput:
     text: str
     token_ids: Sequence[int]
     cumulative_logprob: float | None = None
-    logprobs: list[PositionLogprobs] | None = None
+    logprobs: list[PositionLogprobs] | FlatLogprobs | None = None  # flat if `flat_logprobs` asks
     finish_reason: str | None = None  # "stop", "length", "abort", "repetition", "error"
     stop_reason: int | str | None = None  # the stop string or stop token id; None for end-of-text
     lora_request: Any = None
@@ -297,14 +339,14 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """What came of a prompt so far. `prompt_logprobs[0]` is None: nothing comes before the first token."""
+    """What came of a prompt so far. `prompt_logprobs[0]` is None ({} if flat): nothing comes before the first token."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
-    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    prompt_logprobs: list[PositionLogprobs | None] | FlatLogprobs | None = None
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
     lora_request: Any = None
@@ -323,6 +365,10 @@ def _check_int(name: str, value: int, low: int) -> None:
         raise RequestError(f"{name} must be an integer of at least {low}, got {value!r}", name)
 
 
+_SWITCHES = (  # fields of SamplingParams that are true or false
+    "ignore_eos", "flat_logprobs", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+)  # fmt: skip
 _RECORDS: dict[str, type] = {  # fields of SamplingParams that are records of their own
     "structured_outputs": StructuredOutputsParams,
     "guided_decoding": GuidedDecodingParams,

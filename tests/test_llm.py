@@ -196,6 +196,23 @@ def test_an_engine_that_failed_says_so(tiny_model_path: Path) -> None:
         llm.generate("one", GREEDY)
 
 
+def test_nobody_steps_an_engine_that_failed(tiny_model_path: Path) -> None:
+    llm = LLM(str(tiny_model_path), load_format="dummy", dtype="float32", num_threads=1)
+    stream = llm.generate("one", GREEDY, stream=True)
+    next(stream)
+
+    def leave() -> None:
+        raise KeyboardInterrupt
+
+    llm._core.runner = Failing(llm._core.runner, leave, num_good=1)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("two", GREEDY)
+    num_steps = llm._core.scheduler._num_steps
+    with pytest.raises(EngineDeadError, match="make a new LLM"):
+        list(stream)  # what came before is still given out
+    assert llm._core.scheduler._num_steps == num_steps
+
+
 def test_options_are_checked(tiny_model_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match="did you mean max_model_len"):
         LLM(str(tiny_model_path), max_modle_len=10)

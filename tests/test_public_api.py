@@ -12,7 +12,7 @@ import pytest
 import pelton
 
 NAMES = {
-    "LLM", "AsyncLLM", "BeamSearchParams", "CompletionOutput", "ConfigError", "EngineArgs", "EngineDeadError",
+    "LLM", "AsyncLLM", "CompletionOutput", "ConfigError", "EngineArgs", "EngineDeadError",
     "GuidedDecodingParams", "Logprob", "ModelFormatError", "ModelNotFoundError", "OverloadedError", "PeltonError",
     "PromptTooLongError", "RequestError", "RequestFailedError", "RequestOutput", "RequestOutputKind",
     "SamplingParams", "StructuredOutputsParams", "TextPrompt", "TokensPrompt", "__version__",

@@ -105,7 +105,7 @@ class FakeRunner:
             for entries in state.entries:
                 del entries[end:]
             result.token_ids[request_id] = token_id
-            if params.logprobs is not None:
+            if params.wants_logprobs:
                 result.logprobs[request_id] = _logprobs(token_id, end)
 
     def _next_token(self, state: _State, index: int, seen: list[list[int]]) -> int:

@@ -71,10 +71,10 @@ class Request:
     def finish_reason(self) -> tuple[str | None, int | None]:
         """(finish_reason, stop_reason) after the newest token; (None, None) to go on. In vLLM's order."""
         params = self.spec.params
-        if self.num_output and self.num_output >= params.min_tokens:
+        if self.num_output and self.token_ids[-1] in self.spec.eos_token_ids and self._may_end:
+            return "stop", None
+        if self.num_output >= max(1, params.min_tokens):
             newest = self.token_ids[-1]
-            if newest in self.spec.eos_token_ids and not params.ignore_eos:
-                return "stop", None
             if newest in (params.stop_token_ids or ()):
                 return "stop", newest
         if self.num_output >= self.max_tokens or len(self.token_ids) >= self.max_model_len:
@@ -82,6 +82,13 @@ class Request:
         if params.repetition_detection and self.num_output >= params.min_tokens and self._repeats():
             return "repetition", None
         return None, None
+
+    @property
+    def _may_end(self) -> bool:
+        """Whether an end-of-text token ends the request. With a grammar it always does: nothing may follow it, and
+        before `min_tokens` it is sampled only where the grammar allows nothing else."""
+        params = self.spec.params
+        return self.spec.grammar is not None or (not params.ignore_eos and self.num_output >= params.min_tokens)
 
     def _repeats(self) -> bool:
         """Whether the generated tokens end in one pattern, repeated as often as `repetition_detection` says."""

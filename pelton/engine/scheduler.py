@@ -16,7 +16,7 @@ scheduled tokens apart from computed ones.
 from __future__ import annotations
 
 import time
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,10 +28,12 @@ from pelton.engine.request import Request
 from pelton.engine.step import Chunk, EngineRequest, StepPlan, StepResult, Update
 from pelton.errors import ConfigError, OverloadedError, PromptTooLongError, RequestError
 
+STEP_SIZES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # bounds that steps are counted by
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerStats:
-    """The engine at one moment; the last three only ever grow."""
+    """The engine at one moment; all but the first three only ever grow."""
 
     num_running: int
     num_waiting: int
@@ -39,6 +41,9 @@ class SchedulerStats:
     num_prefix_queries: int  # prompt tokens looked up in the prefix cache
     num_prefix_hits: int  # prompt tokens found there
     num_preemptions: int
+    num_tokens: int = 0  # tokens computed
+    step_sizes: tuple[int, ...] = (0,) * (len(STEP_SIZES) + 1)
+    """Item i: steps of more than STEP_SIZES[i - 1] and at most STEP_SIZES[i] tokens; the last one: larger steps."""
 
 
 class Scheduler:
@@ -68,6 +73,8 @@ class Scheduler:
         self._num_preemptions = 0
         self._prefix_queries = 0
         self._prefix_hits = 0
+        self._num_tokens = 0
+        self._step_sizes = [0] * (len(STEP_SIZES) + 1)
 
     # --- in and out ---------------------------------------------------------------------------------------------
 
@@ -117,6 +124,8 @@ class Scheduler:
             num_prefix_queries=self._prefix_queries,
             num_prefix_hits=self._prefix_hits,
             num_preemptions=self._num_preemptions,
+            num_tokens=self._num_tokens,
+            step_sizes=tuple(self._step_sizes),
         )
 
     # --- planning -----------------------------------------------------------------------------------------------
@@ -129,8 +138,15 @@ class Scheduler:
         if not is_short:
             self._schedule_waiting(chunks, new, budget)
         gone, self._gone = tuple(self._gone), []
-        self._num_steps += 1
+        self._count(chunks)
         return StepPlan(self._num_steps, tuple(new), tuple(chunks), gone)
+
+    def _count(self, chunks: list[Chunk]) -> None:
+        self._num_steps += 1
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        if num_tokens:
+            self._num_tokens += num_tokens
+            self._step_sizes[bisect_left(STEP_SIZES, num_tokens)] += 1
 
     def _schedule_running(self, chunks: list[Chunk]) -> tuple[int, bool]:
         """Serve running requests by rank; returns the tokens left, and whether there were too few blocks."""
@@ -301,7 +317,7 @@ def _find_fault(request: Request, chunk: Chunk, result: StepResult) -> str | Non
         return result.errors[request_id]
     if chunk.sample and request_id not in result.token_ids:
         return "the model returned no token"
-    if chunk.sample and params.logprobs is not None and request_id not in result.logprobs:
+    if chunk.sample and params.wants_logprobs and request_id not in result.logprobs:
         return "the model returned no log-probabilities"
     if request.prompt_logprobs is not None:
         num_entries = max(0, min(chunk.start + chunk.num_tokens, request.num_prompt - 1) - chunk.start)

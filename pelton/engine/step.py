@@ -19,7 +19,7 @@ class EngineRequest:
     request_id: int  # never used twice by one engine; given by the door
     prompt_token_ids: list[int]  # at least one
     params: SamplingParams  # max_tokens is set; text-level fields (stop, detokenize, n) are the door's business
-    eos_token_ids: tuple[int, ...] = ()  # end-of-text ids of the model; the engine stops on them unless ignore_eos
+    eos_token_ids: tuple[int, ...] = ()  # the model's end-of-text ids; see Request.finish_reason
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()  # params.bad_words as tokens
     think_token_ids: tuple[int, int] | None = None  # (start, end of thinking), for thinking_token_budget
     grammar: str | None = None  # params.structured_outputs as one grammar
@@ -71,7 +71,7 @@ class StepResult:
 
     step_id: int
     token_ids: dict[int, int] = field(default_factory=dict)  # for each chunk with `sample` and no error
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # where params.logprobs asks
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # where params.wants_logprobs
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """For a chunk of the prompt at positions s..e-1, the entries of prompt positions s+1..min(e, P-1)."""
     errors: dict[int, str] = field(default_factory=dict)  # this request cannot go on; one line why

@@ -24,6 +24,10 @@ class Vocabulary(Protocol):
         """The tokenizer as a tokenizer.json."""
 
 
+class GrammarError(Exception):
+    """A request cannot go on within its grammar. One line why, without the grammar and without the text."""
+
+
 class GrammarState:
     """Where one request stands in its grammar."""
 
@@ -32,17 +36,23 @@ class GrammarState:
         self.num_consumed = 0
 
     def mask_(self, logits: Tensor, output_ids: Sequence[int]) -> None:
-        """Forbid in logits [V] every token that the grammar does not allow after `output_ids`.
+        """Forbid in logits [V] every token that the grammar does not allow after `output_ids`: at its end, all but
+        the ends of the text.
 
-        Repeating a step consumes nothing twice. RuntimeError if the grammar cannot go on.
+        Repeating a step consumes nothing twice. GrammarError if the grammar cannot go on.
         """
         self.matcher.consume_tokens(list(output_ids[self.num_consumed :]))
         self.num_consumed = len(output_ids)
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         if self.matcher.is_error():
-            raise RuntimeError(f"the grammar cannot go on: {self.matcher.get_error()}")
+            raise GrammarError(f"the grammar cannot go on ({self.matcher.stop_reason()}); try a simpler one")
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(logits)]).bool()
         logits.masked_fill_(~allowed.to(logits.device), -torch.inf)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing but the end of the text is allowed."""
+        return bool(self.matcher.is_stopped())
 
 
 class Grammars:
@@ -59,7 +69,7 @@ class Grammars:
         if self._tokenizer is None:
             tokenizer = self._load_tokenizer()
             self._tokenizer = LLTokenizer(tokenizer.to_json(), vocab_size, list(tokenizer.eos_token_ids))
-        matcher = LLMatcher(self._tokenizer, grammar)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)  # its warnings show the text
         if matcher.is_error():
-            raise RuntimeError(f"the grammar cannot be used: {matcher.get_error()}")
+            raise GrammarError(f"the grammar cannot be used ({matcher.stop_reason()}); try a simpler one")
         return GrammarState(matcher)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pelton.engine.step import EngineRequest, TokenLogprobs
-from pelton.runner.grammar import Grammars
+from pelton.runner.grammar import GrammarError, Grammars
 from pelton.runner.logprobs import NON_FINITE, token_logprobs
 from pelton.runner.requests import RequestState
 from pelton.types import LogitsProcessor, SamplingParams
@@ -38,26 +38,33 @@ class Sampler:
     def __call__(self, states: Sequence[RequestState], logits: Tensor) -> list[Sample | str]:
         """For each request's logits [M, V]: the token and the logprobs asked for, or why there is none."""
         finite = torch.isfinite(logits).all(dim=-1).tolist()
-        raw = logits.clone() if any(_wants_logprobs(state.request.params) for state in states) else logits
-        for row, state in zip(logits, states, strict=True):
-            self._constrain_(row, state)
-            _adjust_(row, state)
+        raw = logits.clone() if any(state.request.params.wants_logprobs for state in states) else logits
+        faults = [self._prepare_(row, state) for row, state in zip(logits, states, strict=True)]
         best, tokens = (t.tolist() for t in logits.max(dim=-1))
         samples: list[Sample | str] = []
         for i, state in enumerate(states):
             params = state.request.params
-            if not finite[i]:
-                samples.append(NON_FINITE)
-                continue
-            if best[i] == -float("inf"):
-                samples.append(NO_TOKEN_LEFT)
+            fault = faults[i] if finite[i] else NON_FINITE
+            if fault is None and best[i] == -float("inf"):
+                fault = NO_TOKEN_LEFT
+            if fault is not None:
+                samples.append(fault)
                 continue
             token_id = tokens[i] if params.is_greedy else self._draw(logits[i], state)
             logprobs = None
-            if _wants_logprobs(params):
+            if params.wants_logprobs:
                 logprobs = token_logprobs(raw[i : i + 1], [token_id], params.logprobs or 0, params.logprob_token_ids)[0]
             samples.append((token_id, logprobs))
         return samples
+
+    def _prepare_(self, logits: Tensor, state: RequestState) -> str | None:
+        """Apply what the request asks for to logits [V]; returns why that cannot be done, if so."""
+        try:
+            self._constrain_(logits, state)
+        except GrammarError as error:
+            return str(error)
+        _adjust_(logits, state)
+        return None
 
     def _constrain_(self, logits: Tensor, state: RequestState) -> None:
         """Forbid what the request's grammar does not allow next."""
@@ -78,10 +85,6 @@ class Sampler:
         threshold = uniform(seed, len(state.token_ids) - state.num_prompt) * float(cumulative[-1])
         index = int(torch.searchsorted(cumulative, threshold, right=True))
         return int(token_ids[min(index, len(token_ids) - 1)])
-
-
-def _wants_logprobs(params: SamplingParams) -> bool:
-    return params.logprobs is not None or params.logprob_token_ids is not None
 
 
 def _candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -136,7 +139,8 @@ def _adjust_(logits: Tensor, state: RequestState) -> None:
         logits.fill_(-torch.inf)
         logits[keep] = values
     _mask_bad_words_(logits, request.bad_words_token_ids, state.token_ids, state.num_prompt)
-    if len(state.token_ids) - state.num_prompt < params.min_tokens:
+    grammar_has_ended = state.grammar is not None and state.grammar.has_ended
+    if len(state.token_ids) - state.num_prompt < params.min_tokens and not grammar_has_ended:
         logits[_index([*request.eos_token_ids, *(params.stop_token_ids or [])], logits)] = -torch.inf
     if params.logit_bias:
         logits[_index(list(params.logit_bias), logits)] += torch.tensor(

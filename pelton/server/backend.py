@@ -58,6 +58,12 @@ class StatsView(Protocol):
     def num_prefix_hits(self) -> int: ...
     @property
     def num_preemptions(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def step_sizes(self) -> Sequence[int]:
+        """Steps by their number of tokens: see engine.scheduler.STEP_SIZES."""
+        ...
 
 
 class Backend(Protocol):
@@ -95,8 +101,10 @@ class Backend(Protocol):
         *,
         priority: int = 0,
         cache_salt: str = "",
+        clip: bool = False,
     ) -> AsyncIterator[RequestOutput]:
-        """Outputs of one prompt. Closing the iterator aborts the request within one step."""
+        """Outputs of one prompt, shortened to fit the context if `clip`. Closing the iterator aborts the request
+        within one step."""
         ...
 
     async def shutdown(self, drain_s: float = 0.0) -> None:

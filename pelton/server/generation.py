@@ -61,6 +61,7 @@ class Generation:
     reply: Reply
     priority: int = 0
     cache_salt: str = ""
+    clip: bool = False  # shorten completions that do not fit the context
     include_usage: bool = False  # of a stream: in a chunk of its own, at the end
     continuous_usage: bool = False  # of a stream: in every chunk
     created: int = field(default_factory=lambda: int(time.time()))
@@ -154,6 +155,7 @@ async def _one_prompt(
         f"{generation.id}-{index}",
         priority=generation.priority,
         cache_salt=generation.cache_salt,
+        clip=generation.clip,
     )
     try:
         async for output in stream:

@@ -38,7 +38,8 @@ async def chat_completions(http: Request) -> Response:
         _token_names(service, llm, request),
         n=params.n,
         role=_role(service, request),
-        num_top=params.logprobs,
+        logprobs=params.wants_logprobs,
+        num_top=_num_top(params),
         echo=_last_text(request) if request.echo else "",
     )
     prompts = [EncodedPrompt(token_ids)]
@@ -58,7 +59,7 @@ async def completions(http: Request) -> Response:
         _token_names(service, llm, request),
         prompts,
         n=params.n,
-        logprobs=request.logprobs is not None,
+        logprobs=params.wants_logprobs,
         prompt_logprobs=request.prompt_logprobs is not None,
         echo=request.echo,
         skip_special_tokens=params.skip_special_tokens,
@@ -109,6 +110,7 @@ def _options(http: Request, request: GenerateRequest) -> dict[str, Any]:
     return {
         "priority": request.priority,
         "cache_salt": f"{key_id}:{salt}" if key_id else salt,
+        "clip": not request.sets_max_tokens,
         "include_usage": usage is not None and usage.include_usage,
         "continuous_usage": usage is not None and usage.include_usage and usage.continuous_usage_stats,
     }
@@ -157,6 +159,11 @@ async def _encode(
 def _token_names(service: Service, llm: Backend, request: GenerateRequest) -> TokenNames:
     as_ids = request.return_tokens_as_token_ids
     return TokenNames(llm.tokenizer, service.settings.return_tokens_as_token_ids if as_ids is None else as_ids)
+
+
+def _num_top(params: SamplingParams) -> int | None:
+    """How many of a position's log-probabilities a chat shows; None: all, as they were asked for one by one."""
+    return None if params.logprob_token_ids is not None or params.logprobs == -1 else params.logprobs or 0
 
 
 def _role(service: Service, request: ChatRequest) -> str:

@@ -69,9 +69,10 @@ class TextOffsets:
 
 
 def chat_logprobs(
-    token_ids: Sequence[int], positions: Sequence[PositionLogprobs], num_top: int, names: TokenNames
+    token_ids: Sequence[int], positions: Sequence[PositionLogprobs], num_top: int | None, names: TokenNames
 ) -> dict[str, Any]:
-    """`choices[].logprobs` of a chat: the chosen token of each position and the `num_top` most likely ones."""
+    """`choices[].logprobs` of a chat: the chosen token of each position, and its `num_top` most likely
+    entries (None: all)."""
 
     def entry(token_id: int, logprob: Logprob) -> dict[str, Any]:
         return {

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pelton.server.backend import Backend
+from pelton.engine.scheduler import STEP_SIZES
+from pelton.server.backend import Backend, StatsView
 from pelton.types import RequestOutput, SamplingParams
 
 LABELS = ("model_name", "engine")
@@ -191,10 +193,16 @@ class _EngineCollector(Collector):
         """The figures."""
         return self._families(self.llm.stats())
 
-    def _families(self, stats: object) -> Iterator[Metric]:
+    def _families(self, stats: StatsView | None) -> Iterator[Metric]:
         for kind, table in ((GaugeMetricFamily, self.GAUGES), (CounterMetricFamily, self.COUNTERS)):
             for name, text, field in table:
                 family = kind(f"vllm:{name}", text, labels=LABELS)
                 if stats is not None:
                     family.add_metric(self.labels, float(getattr(stats, field)) if field else 0.0)
                 yield family
+        steps = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens computed in a step.", labels=LABELS)
+        if stats is not None:
+            bounds = [*(str(float(size)) for size in STEP_SIZES), "+Inf"]
+            buckets = list(zip(bounds, accumulate(stats.step_sizes), strict=True))
+            steps.add_metric(self.labels, buckets, sum_value=float(stats.num_tokens))
+        yield steps

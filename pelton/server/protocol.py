@@ -25,8 +25,8 @@ Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 # Fields of SamplingParams that a request gives under the same name.
 SAMPLING_FIELDS = (
-    "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p",
-    "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "prompt_logprobs", "logprob_token_ids",
+    "n", "max_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k",
+    "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "prompt_logprobs", "logprob_token_ids",
     "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "logit_bias",
     "allowed_token_ids", "bad_words", "thinking_token_budget", "best_of", "truncate_prompt_tokens",
 )  # fmt: skip
@@ -148,6 +148,11 @@ class GenerateRequest(BaseModel):
                 raise RequestError(f"{name} exceeds this server's limit: {size} > {limit}", name)
         check_num_logprobs("prompt_logprobs", self.prompt_logprobs, limits)
 
+    @property
+    def sets_max_tokens(self) -> bool:
+        """Whether the client says how long the answer may be; else one that does not fit the context is cut."""
+        return not self.model_fields_set.isdisjoint(("max_tokens", "max_completion_tokens"))
+
     def constraint(self) -> StructuredOutputsParams | None:
         """The one constraint on the text, whichever of the four dialects it came in."""
         found = [self.response_format.constraint()] if self.response_format else []
@@ -157,13 +162,15 @@ class GenerateRequest(BaseModel):
         return only_one(found)
 
     def _sampling_params(self, defaults: Mapping[str, Any], **fields: Any) -> SamplingParams:
-        """What was given, else the model's own sampling defaults, else SamplingParams' defaults."""
+        """What was given, else the model's own sampling defaults, else SamplingParams' defaults (for max_tokens, this
+        request's)."""
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS if name in self.model_fields_set}
         known = {name: value for name, value in defaults.items() if name in SAMPLING_FIELDS and value is not None}
         if self.repetition_detection is not None:
             fields["repetition_detection"] = _repetition_detection(self.repetition_detection)
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
-        return SamplingParams(**{**known, **given, **fields}, output_kind=kind, structured_outputs=self.constraint())
+        fields = {"max_tokens": self.max_tokens, **known, **given, **fields}
+        return SamplingParams(**fields, output_kind=kind, structured_outputs=self.constraint())
 
 
 class ChatRequest(GenerateRequest):
@@ -203,9 +210,10 @@ class ChatRequest(GenerateRequest):
 
     def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """As asked; without a limit the answer may fill the context."""
-        limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._sampling_params(defaults, max_tokens=limit, logprobs=logprobs)
+        fields: dict[str, Any] = {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+        if self.max_completion_tokens is not None:
+            fields["max_tokens"] = self.max_completion_tokens
+        return self._sampling_params(defaults, **fields)
 
 
 class CompletionRequest(GenerateRequest):
@@ -236,9 +244,10 @@ class CompletionRequest(GenerateRequest):
 
     def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """As asked. An echo with logprobs scores the prompt, too."""
-        fields: dict[str, Any] = {"max_tokens": self.max_tokens, "logprobs": self.logprobs}
-        if self.echo and self.logprobs is not None and self.prompt_logprobs is None:
-            fields["prompt_logprobs"] = self.logprobs
+        fields: dict[str, Any] = {"logprobs": self.logprobs}
+        wants_logprobs = self.logprobs is not None or self.logprob_token_ids is not None
+        if self.echo and wants_logprobs and self.prompt_logprobs is None:
+            fields["prompt_logprobs"] = self.logprobs or 0
         return self._sampling_params(defaults, **fields)
 
 
@@ -281,9 +290,12 @@ def validate(model: type[Model], body: Any) -> Model:
 
 
 def check_num_logprobs(name: str, number: int | None, limits: Limits) -> None:
-    """Between none and the operator's limit."""
-    if number is not None and not 0 <= number <= limits.num_logprobs:
-        raise RequestError(f"{name} must be in [0, {limits.num_logprobs}], got {number}", name)
+    """Between none and the operator's limit; where there is no limit, -1 asks for the whole vocabulary."""
+    most = limits.num_logprobs
+    if number is not None and most != -1 and not 0 <= number <= most:
+        raise RequestError(f"{name} must be in [0, {most}], got {number}", name)
+    if number is not None and number < -1:
+        raise RequestError(f"{name} must be at least 0, or -1 for the whole vocabulary, got {number}", name)
 
 
 def _repetition_detection(fields: dict[str, int]) -> RepetitionDetectionParams:

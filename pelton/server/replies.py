@@ -54,11 +54,14 @@ class ChatReply:
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
-    def __init__(self, names: TokenNames, *, n: int, role: str, num_top: int | None, echo: str) -> None:
+    def __init__(
+        self, names: TokenNames, *, n: int, role: str, logprobs: bool, num_top: int | None, echo: str
+    ) -> None:
         self.names = names
         self.n = n
         self.role = role
-        self.num_top = num_top  # None: no logprobs
+        self.logprobs = logprobs
+        self.num_top = num_top  # None: all
         self.echo = echo  # stands before each answer
         self.begun = False
 
@@ -72,7 +75,7 @@ class ChatReply:
                 for index in range(self.n):
                     yield self._delta(index, {"content": self.echo})
         for one in output.outputs:
-            if one.text or one.finish_reason or (self.num_top is not None and one.token_ids):
+            if one.text or one.finish_reason or (self.logprobs and one.token_ids):
                 choice = self._delta(one.index, {"content": one.text}, self._logprobs(one))
                 yield choice | _ending(one)
 
@@ -96,7 +99,7 @@ class ChatReply:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
     def _logprobs(self, one: CompletionOutput) -> dict[str, Any] | None:
-        if self.num_top is None or one.logprobs is None:
+        if not self.logprobs or one.logprobs is None:
             return None
         return chat_logprobs(one.token_ids, one.logprobs, self.num_top, self.names)
 

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import signal
 import socket
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -49,8 +48,7 @@ async def start_engine(args: EngineArgs) -> Backend:
 async def serve(args: EngineArgs, settings: ServerSettings, start: Start = start_engine) -> None:
     """As run_server, in an event loop. `start` makes the engine."""
     begun = time.monotonic()
-    num_logprobs = sys.maxsize if args.max_logprobs == -1 else args.max_logprobs
-    settings = replace(settings, limits=replace(settings.limits, num_logprobs=num_logprobs))
+    settings = replace(settings, limits=replace(settings.limits, num_logprobs=args.max_logprobs))
     listener = bind(settings)
     app = create_app(None, settings)
     service: Service = app.state.service

@@ -21,7 +21,7 @@ class Limits:
     num_stop: int = 16
     stop_chars: int = 256
     num_logit_bias: int = 1024
-    num_logprobs: int = 20
+    num_logprobs: int = 20  # -1: no limit
     num_bad_words: int = 128
     num_tools: int = 128
     num_messages: int = 4096
@@ -33,7 +33,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            if getattr(self, limit.name) < 0:
+            if getattr(self, limit.name) < (-1 if limit.name == "num_logprobs" else 0):
                 raise ConfigError(f"the limit {limit.name} must not be negative, got {getattr(self, limit.name)}")
 
 

@@ -24,7 +24,8 @@ class TextDelta:
 class Detokenizer:
     """The text of one completion. Work per token does not depend on how long the text is.
 
-    The deltas, put together, are `tokenizer.decode(all ids)` up to the end or the first stop string.
+    The deltas, put together, are `tokenizer.decode(all ids)` up to the end or the first stop string, but without a
+    character that the end cuts: a text never shows half of one.
 
     `spaces_between_special_tokens` needs nothing here: no decoder that pelton reads puts spaces between them.
     """
@@ -57,7 +58,7 @@ class Detokenizer:
             if self._add(text, given):
                 return TextDelta("".join(given), used, self._finder.found)
         self._num_tokens += hidden
-        if finished and not self._add(self._decoder.decode(b"", True), given):
+        if finished:  # what the decoder still holds is the beginning of a character
             given.append(self._held)
             self._held = ""
         return TextDelta("".join(given), len(token_ids), self._finder.found)

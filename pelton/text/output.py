@@ -11,6 +11,7 @@ from pelton.text.detokenizer import Detokenizer
 from pelton.text.tokenizer import Tokenizer
 from pelton.types import (
     CompletionOutput,
+    FlatLogprobs,
     Logprob,
     PositionLogprobs,
     RequestMetrics,
@@ -25,9 +26,9 @@ class _Sample:
     """One completion in the making: what was not given out yet (DELTA), or all of it."""
 
     detokenizer: Detokenizer
+    logprobs: list[PositionLogprobs] | FlatLogprobs
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[PositionLogprobs] = field(default_factory=list)
     num_new_tokens: int = 0  # since the last output
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None
@@ -59,9 +60,10 @@ class RequestAssembler:
         self._tokenizer = tokenizer
         self._clock = clock
         self._samples = {
-            request.request_id: _Sample(Detokenizer(tokenizer, params, self.prompt_token_ids)) for request in requests
+            request.request_id: _Sample(Detokenizer(tokenizer, params, self.prompt_token_ids), self._new_logprobs())
+            for request in requests
         }
-        self._prompt_logprobs: list[PositionLogprobs | None] | None = None
+        self._prompt_logprobs: list[PositionLogprobs | None] | FlatLogprobs | None = None
         self._given_prompt_logprobs = False
         self._num_cached_tokens = 0
         self._metrics = RequestMetrics(requests[0].arrival_time)
@@ -115,9 +117,9 @@ class RequestAssembler:
             self._metrics.first_scheduled_time = update.scheduled_time
         self._num_cached_tokens = max(self._num_cached_tokens, update.num_cached_tokens)
         if update.prompt_logprobs is not None and self._prompt_logprobs is None:
-            self._prompt_logprobs = [
-                None if entry is None else self._position(entry) for entry in update.prompt_logprobs
-            ]
+            self._prompt_logprobs = FlatLogprobs() if self.params.flat_logprobs else []
+            for entry in update.prompt_logprobs:
+                self._prompt_logprobs.append(None if entry is None else self._position(entry))
         if update.token_ids:
             self._metrics.last_token_time = self._clock()
             if self._metrics.first_token_time is None:
@@ -131,15 +133,18 @@ class RequestAssembler:
         sample.text.append(delta.text)
         for entry in (update.logprobs or [])[: min(delta.num_tokens, len(token_ids))]:
             sample.cumulative_logprob += entry.logprobs[0]
-            if self.params.logprobs is not None:
+            if self.params.wants_logprobs:
                 sample.logprobs.append(self._position(entry))
         if delta.stop is not None:
             sample.finish_reason, sample.stop_reason = "stop", delta.stop
         elif reason is not None:
             sample.finish_reason, sample.stop_reason = reason, update.stop_reason
 
+    def _new_logprobs(self) -> list[PositionLogprobs] | FlatLogprobs:
+        return FlatLogprobs() if self.params.flat_logprobs else []
+
     def _position(self, entry: TokenLogprobs) -> PositionLogprobs:
-        """Token id -> Logprob; the chosen token first, then the most likely ones."""
+        """Token id -> Logprob; the chosen token first, then the most likely ones or those asked for."""
         position: PositionLogprobs = {}
         for token_id, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True):
             if token_id not in position:
@@ -187,18 +192,18 @@ class RequestAssembler:
         )
 
     def _completion(self, index: int, sample: _Sample) -> CompletionOutput:
-        has_logprobs = self.params.logprobs is not None
+        has_logprobs = self.params.wants_logprobs
         sample.text = ["".join(sample.text)]
         completion = CompletionOutput(
             index=index,
             text=sample.text[0],
             token_ids=list(sample.token_ids),
             cumulative_logprob=sample.cumulative_logprob if has_logprobs or self._picks_best else None,
-            logprobs=list(sample.logprobs) if has_logprobs else None,
+            logprobs=sample.logprobs[:] if has_logprobs else None,
             finish_reason=sample.finish_reason,
             stop_reason=sample.stop_reason,
         )
         sample.given, sample.num_new_tokens = True, 0
         if self.params.output_kind == RequestOutputKind.DELTA:
-            sample.text, sample.token_ids, sample.logprobs = [], [], []
+            sample.text, sample.token_ids, sample.logprobs = [], [], self._new_logprobs()
         return completion

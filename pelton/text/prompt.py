@@ -173,7 +173,7 @@ class Prompts:
         clip: shorten a completion that does not fit the context (as LLM does) instead of raising PromptTooLongError.
         """
         count = max(params.n, params.best_of or 1)
-        if count > params.n and params.logprobs is None:
+        if count > params.n and not params.wants_logprobs:
             params = params.clone(logprobs=0)  # to compare the samples
         first = self.request(new_id(), token_ids, params, priority, cache_salt, clip=clip)
         return [first, *(_sample(first, new_id(), i) for i in range(1, count))]

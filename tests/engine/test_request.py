@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pelton.config import CacheConfig, KVGroup
@@ -14,11 +16,13 @@ from pelton.types import RepetitionDetectionParams, SamplingParams
 EOS, STOP = 1, 2
 
 
-def make_request(output: list[int], max_model_len: int = 100, **params: object) -> Request:
+def make_request(
+    output: list[int], max_model_len: int = 100, grammar: str | None = None, **params: object
+) -> Request:
     """A request with a prompt of three tokens that has generated `output`."""
     sampling = SamplingParams(**{"max_tokens": 50, "stop_token_ids": [STOP], **params})
     kv = KVTables(BlockPool(4), CacheConfig(16, 4, (KVGroup(None, (0,)),), True))
-    spec = EngineRequest(0, [5, 5, 5], sampling, (EOS,))
+    spec = EngineRequest(0, [5, 5, 5], sampling, (EOS,), grammar=grammar)
     request = Request(spec, (0, 0), kv, sampling.max_tokens or 0, max_model_len)
     request.token_ids += output
     return request
@@ -33,13 +37,16 @@ def make_request(output: list[int], max_model_len: int = 100, **params: object) 
     ([EOS], {"min_tokens": 2}, (None, None)),
     ([7, EOS], {"min_tokens": 2}, ("stop", None)),
     ([STOP], {"min_tokens": 2}, (None, None)),
+    ([EOS], {"ignore_eos": True, "grammar": "g"}, ("stop", None)),  # after the end of a grammar nothing can come
+    ([EOS], {"min_tokens": 2, "grammar": "g"}, ("stop", None)),
+    ([STOP], {"min_tokens": 2, "grammar": "g"}, (None, None)),
     ([7, 7], {"max_tokens": 2}, ("length", None)),
     ([7, EOS], {"max_tokens": 2}, ("stop", None)),
     ([7] * 6, {"max_model_len": 9}, ("length", None)),
     ([7] * 6, {"max_model_len": 9, "min_tokens": 20}, ("length", None)),
     ([], {"max_tokens": 0}, ("length", None)),
 ])
-def test_finish_reason(output: list[int], params: dict[str, object], expected: tuple[str | None, int | None]) -> None:
+def test_finish_reason(output: list[int], params: dict[str, Any], expected: tuple[str | None, int | None]) -> None:
     assert make_request(output, **params).finish_reason() == expected
 
 

@@ -337,14 +337,25 @@ def test_what_the_runner_leaves_out_ends_the_request(make_engine) -> None:
     engine.submit([1], max_tokens=3)
     engine.submit([1], max_tokens=3, logprobs=1)
     engine.submit([1, 2], max_tokens=3, prompt_logprobs=1)
+    engine.submit([1], max_tokens=3, logprob_token_ids=[4])
     plan = engine.scheduler.schedule()
-    updates = engine.scheduler.commit(plan, StepResult(plan.step_id, token_ids={1: 5, 2: 5}))
+    updates = engine.scheduler.commit(plan, StepResult(plan.step_id, token_ids={1: 5, 2: 5, 3: 5}))
     assert [update.error for update in updates] == [
         "the model returned no token",
         "the model returned no log-probabilities",
         "the model did not return 1 prompt log-probabilities",
+        "the model returned no log-probabilities",
     ]
     assert not engine.scheduler.has_work()
+
+
+def test_steps_are_counted_by_their_tokens(make_engine) -> None:
+    engine = make_engine()
+    engine.submit(prompt(9), max_tokens=3)
+    engine.finish()
+    stats = engine.scheduler.stats()
+    assert (stats.num_tokens, stats.step_sizes[:4]) == (11, (2, 0, 1, 0))  # 9 of the prompt, then 1 and 1
+    assert sum(stats.step_sizes) == 3
 
 
 def test_check_notices_harm(make_engine) -> None:

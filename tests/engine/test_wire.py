@@ -34,7 +34,7 @@ REQUEST = EngineRequest(
     cache_salt="salt",
     arrival_time=1.5,
 )
-STATS = SchedulerStats(1, 2, 0.25, 4, 5, 6)
+STATS = SchedulerStats(1, 2, 0.25, 4, 5, 6, 7, (1, 2))
 UPDATE = Update(7, [4], [TokenLogprobs([4, 5], [-0.5, -1.0], [1, 2])], [None, TokenLogprobs([1], [-2.0], [3])], "stop")
 MESSAGES = [
     Start(EngineArgs(model="m", served_model_name=["a", "b"])), REQUEST, Abort(3), Close(), Progress(1, 2),

@@ -38,9 +38,13 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def generate(tokenizer: Tokenizer, constraint: dict[str, Any], seed: int, max_tokens: int = 60) -> tuple[str, bool]:
+def generate(
+    tokenizer: Tokenizer, constraint: dict[str, Any], seed: int, max_tokens: int = 60, **fields: Any
+) -> tuple[str, bool]:
     """Text sampled from random logits within the constraint, and whether it came to its end."""
-    params = SamplingParams(seed=seed, structured_outputs=StructuredOutputsParams(**constraint))
+    params = SamplingParams(
+        seed=seed, max_tokens=max_tokens, structured_outputs=StructuredOutputsParams(**constraint), **fields
+    )
     grammar = compile_grammar(StructuredOutputsParams(**constraint))
     state = RequestState(EngineRequest(1, [5], params, (EOS,), grammar=grammar), 1)
     sampler = Sampler(0, Grammars(lambda: Vocabulary(tokenizer)))
@@ -70,6 +74,31 @@ def test_json_schema(tokenizer: Tokenizer, seed: int) -> None:
     text, ended = generate(tokenizer, {"json": schema, "disable_any_whitespace": True}, seed)
     value = json.loads(text)
     assert ended and value["a"] in (1, 2) and value["b"] in (True, False) and " " not in text
+
+
+@pytest.mark.parametrize("fields", [{"ignore_eos": True}, {"min_tokens": 10}, {"min_tokens": 10, "ignore_eos": True}])
+def test_the_end_of_a_grammar_ends_the_text(tokenizer: Tokenizer, fields: dict[str, Any]) -> None:
+    assert generate(tokenizer, {"choice": ["a", "b"]}, 0, **fields) in (("a", True), ("b", True))
+    text, ended = generate(tokenizer, {"regex": "a+"}, 0, **fields)  # may go on, so min_tokens holds
+    assert ended and len(text) >= fields.get("min_tokens", 0)
+
+
+def test_a_grammar_that_cannot_go_on_fails_alone_and_in_one_line(
+    tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secret = compile_grammar(StructuredOutputsParams(choice=["secret"]))
+    broken = RequestState(EngineRequest(1, [5], SamplingParams(), (EOS,), grammar=secret), 1)
+    broken.token_ids += tokenizer.encode("sex").ids  # no sampler would: a limit of the library breaks grammars, too
+    unusable = RequestState(EngineRequest(2, [5], SamplingParams(), (EOS,), grammar='start: secret'), 1)
+    healthy = RequestState(EngineRequest(3, [5], SamplingParams(), (EOS,)), 1)
+    sampler = Sampler(0, Grammars(lambda: Vocabulary(tokenizer)))
+    one, two, three = sampler([broken, unusable, healthy], torch.zeros(3, VOCAB))
+    assert isinstance(one, str) and one.startswith("the grammar cannot go on (")
+    assert isinstance(two, str) and two.startswith("the grammar cannot be used (")
+    assert isinstance(three, tuple)
+    shown = capfd.readouterr()
+    for text in (one, two, shown.out, shown.err):
+        assert "\n" not in text and "sec" not in text and "sex" not in text
 
 
 def test_an_engine_without_grammars_does_not_drop_the_constraint() -> None:

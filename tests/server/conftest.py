@@ -17,6 +17,7 @@ import openai
 import pytest
 import uvicorn
 
+from pelton.engine.scheduler import SchedulerStats
 from pelton.errors import EngineDeadError, OverloadedError, PromptTooLongError, RequestError
 from pelton.server.app import create_app
 from pelton.server.run import bind, url_of, uvicorn_config
@@ -101,8 +102,7 @@ class FakeLLM:
         return self.age
 
     def stats(self) -> SimpleNamespace:
-        return SimpleNamespace(num_running=self.num_running, num_waiting=0, kv_usage=0.25, num_prefix_queries=10,
-                               num_prefix_hits=4, num_preemptions=1)
+        return SchedulerStats(self.num_running, 0, 0.25, 10, 4, 1, num_tokens=60, step_sizes=(3, 2, *(0,) * 11, 1))
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         self.is_ready = self.is_alive = False
@@ -113,10 +113,12 @@ class FakeLLM:
 
     async def generate(
         self, prompt: Any, params: SamplingParams, request_id: str | None = None, *, priority: int = 0,
-        cache_salt: str = "",
+        cache_salt: str = "", clip: bool = False,
     ) -> AsyncIterator[RequestOutput]:
         ids = prompt["prompt_token_ids"]
         self.seen.append((request_id, params, priority, cache_salt))
+        if clip and params.max_tokens is not None:
+            params = params.clone(max_tokens=max(1, min(params.max_tokens, MAX_MODEL_LEN - len(ids))))
         self._check(ids, params)
         self.num_running += 1
         finished = False
@@ -138,6 +140,8 @@ class FakeLLM:
             raise RequestError("the prompt holds a token id outside the vocabulary", "prompt")
         if len(ids) + (params.max_tokens or 1) > MAX_MODEL_LEN:
             raise PromptTooLongError(f"This model's maximum context length is {MAX_MODEL_LEN} tokens.")
+        if max(params.logprob_token_ids or [0]) >= self.tokenizer.vocab_size:
+            raise RequestError("logprob_token_ids holds an id outside the vocabulary", "logprob_token_ids")
         if params.structured_outputs is not None:
             raise RequestError("structured outputs are not offered", "structured_outputs")
 
@@ -193,15 +197,17 @@ class Sample:
         return self._output(self.text, self.ids)
 
     def _output(self, text: str, ids: list[int]) -> CompletionOutput:
-        count = self.params.logprobs
-        logprobs = None if count is None else [logprobs_of(i, count) for i in ids]
+        count, wanted = self.params.logprobs or 0, self.params.logprob_token_ids
+        logprobs = [logprobs_of(i, count, wanted) for i in ids] if self.params.wants_logprobs else None
         return CompletionOutput(self.index, text, list(ids), None, logprobs, self.reason, self.stop)
 
 
-def logprobs_of(token: int, count: int) -> dict[int, Logprob]:
-    """The chosen token is the second most likely one; the least likely one has -inf."""
+def logprobs_of(token: int, count: int, wanted: list[int] | None = None) -> dict[int, Logprob]:
+    """The chosen token is the second most likely one; the least likely one has -inf, those `wanted` have -3."""
     tokenizer = FakeTokenizer()
     entries = {token: Logprob(-1.0, 2, tokenizer.token_text(token))}
+    if wanted is not None:
+        return entries | {other: Logprob(-3.0, 9, tokenizer.token_text(other)) for other in wanted if other != token}
     for rank in range(1, count + 1):
         other = token if rank == 2 else (token + rank) % 128
         value = -1.0 if rank == 2 else -0.5 if rank == 1 else float("-inf")

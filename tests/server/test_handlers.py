@@ -10,6 +10,8 @@ from typing import Any
 import openai
 import pytest
 
+from pelton.server.settings import Limits
+
 HI: Any = [{"role": "user", "content": "hi"}]
 
 
@@ -231,6 +233,35 @@ def test_chat_logprobs_without_top(live: Any) -> None:
     ask = {"messages": HI, "max_tokens": 1, "logprobs": True, "return_tokens_as_token_ids": True}
     content = live.post("/v1/chat/completions", ask).json()["choices"][0]["logprobs"]["content"]
     assert content == [{"token": "token_id:71", "logprob": -1.0, "bytes": [71], "top_logprobs": []}]
+
+
+def test_logprobs_of_given_tokens(live: Any) -> None:
+    """All of them are shown, with `logprobs` or without."""
+    for fields in ({}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 1}):
+        ask = {"messages": HI, "max_tokens": 1, "logprob_token_ids": [65, 66], **fields}
+        (content,) = live.post("/v1/chat/completions", ask).json()["choices"][0]["logprobs"]["content"]
+        assert [(top["token"], top["logprob"]) for top in content["top_logprobs"]] == [("G", -1), ("A", -3), ("B", -3)]
+    for fields in ({}, {"logprobs": 1}, {"echo": True}, {"stream": True}):
+        ask = {"prompt": "x", "max_tokens": 1, "logprob_token_ids": [65, 66], **fields}
+        answer = json.loads(live.events("/v1/completions", ask)[0]) if "stream" in ask else live.post(
+            "/v1/completions", ask
+        ).json()
+        assert answer["choices"][0]["logprobs"]["top_logprobs"][-1] == {"G": -1.0, "A": -3.0, "B": -3.0}
+
+
+def test_all_logprobs(start: Callable[..., Any]) -> None:
+    live = start(limits=Limits(num_logprobs=-1))
+    ask = {"messages": HI, "max_tokens": 1, "logprobs": True, "top_logprobs": -1}
+    (content,) = live.post("/v1/chat/completions", ask).json()["choices"][0]["logprobs"]["content"]
+    assert [top["token"] for top in content["top_logprobs"]] == ["G"]
+
+
+def test_the_models_max_tokens_are_cut_to_the_context(start: Callable[..., Any], fake_llm: Any) -> None:
+    live = start(fake_llm())
+    live.llm.prompts.generation_defaults["max_tokens"] = 600
+    answer = live.post("/v1/completions", {"prompt": "x" * 500}).json()
+    assert answer["usage"]["completion_tokens"] == 512 - 501
+    assert live.post("/v1/completions", {"prompt": "x" * 500, "max_tokens": 12}).status_code == 400
 
 
 def test_completion_logprobs(live: Any) -> None:

@@ -17,7 +17,7 @@ NAMES = [
     "request_generation_tokens_bucket", "request_queue_time_seconds_sum", "request_prefill_time_seconds_sum",
     "request_decode_time_seconds_sum", "request_max_num_generation_tokens_sum", "gpu_prefix_cache_queries_total",
     "gpu_prefix_cache_hits_total", "prefix_cache_queries_total", "prefix_cache_hits_total", "num_preemptions_total",
-    "request_params_n_bucket",
+    "request_params_n_bucket", "iteration_tokens_total_bucket", "iteration_tokens_total_sum",
 ]  # fmt: skip
 
 
@@ -49,6 +49,9 @@ def test_names_and_counts(start: Callable[..., Any]) -> None:
     assert value(text, "vllm:inter_token_latency_seconds_count") == 9 + 9 + 9
     assert value(text, "vllm:kv_cache_usage_perc") == value(text, "vllm:gpu_cache_usage_perc") == 0.25
     assert value(text, "vllm:prefix_cache_hits_total") == 4
+    assert value(text, "vllm:iteration_tokens_total_bucket", le="8.0") == 5
+    assert value(text, "vllm:iteration_tokens_total_count") == 6
+    assert value(text, "vllm:iteration_tokens_total_sum") == 60
 
 
 def test_how_requests_ended(start: Callable[..., Any], fake_llm: Any) -> None:

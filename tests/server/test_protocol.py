@@ -48,6 +48,7 @@ def test_fields_of_another_name() -> None:
     assert complete(logprobs=2).logprobs == 2
     assert complete(logprobs=2).prompt_logprobs is None
     assert complete(logprobs=2, echo=True).prompt_logprobs == 2
+    assert complete(logprob_token_ids=[1], echo=True).prompt_logprobs == 0
     assert chat(logit_bias={"5": -200}).logit_bias == {5: -100.0}
     assert chat(stop="end").stop == ["end"]
     assert chat(repetition_detection={"max_pattern_size": 3, "min_count": 2}).repetition_detection.min_count == 2
@@ -63,7 +64,29 @@ def test_null_means_not_given() -> None:
 def test_the_models_defaults_apply_where_nothing_is_given() -> None:
     defaults = {"temperature": 0.6, "top_p": 0.8, "max_tokens": 7, "unknown": 1}
     params = ChatRequest.parse({**CHAT, "top_p": 0.5}, LIMITS).to_sampling_params(defaults)
-    assert (params.temperature, params.top_p, params.max_tokens) == (0.6, 0.5, None)
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.6, 0.5, 7)
+    for fields in ({"max_tokens": 9}, {"max_completion_tokens": 9}):
+        request = ChatRequest.parse({**CHAT, **fields}, LIMITS)
+        assert request.to_sampling_params(defaults).max_tokens == 9 and request.sets_max_tokens
+    for fields, most in (({}, 7), ({"max_tokens": None}, 7), ({"max_tokens": 9}, 9)):
+        completion = CompletionRequest.parse({"prompt": "hi", **fields}, LIMITS)
+        assert completion.to_sampling_params(defaults).max_tokens == most
+        assert completion.sets_max_tokens is (most == 9)
+
+
+def test_without_a_limit_all_logprobs_may_be_asked_for() -> None:
+    """As in Python: -1 stands for the whole vocabulary, if --max-logprobs is -1."""
+    free = Limits(num_logprobs=-1)
+    for number in (-1, 0, 10**5):
+        fields = {"logprobs": number, "prompt_logprobs": number}
+        params = CompletionRequest.parse({"prompt": "hi", **fields}, free).to_sampling_params({})
+        assert (params.logprobs, params.prompt_logprobs) == (number, number)
+        request = ChatRequest.parse({**CHAT, "logprobs": True, "top_logprobs": number}, free)
+        assert request.to_sampling_params({}).logprobs == number
+        with pytest.raises(RequestError):
+            CompletionRequest.parse({"prompt": "hi", "logprobs": -2}, free)
+    with pytest.raises(RequestError, match=r"in \[0, 20\]"):
+        CompletionRequest.parse({"prompt": "hi", "logprobs": -1}, LIMITS)
 
 
 CONSTRAINTS = [

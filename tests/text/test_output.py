@@ -11,7 +11,7 @@ from pelton.engine.step import TokenLogprobs, Update
 from pelton.text.output import RequestAssembler
 from pelton.text.prompt import Prompts
 from pelton.text.tokenizer import Tokenizer
-from pelton.types import RequestOutput, RequestOutputKind, SamplingParams
+from pelton.types import FlatLogprobs, RequestOutput, RequestOutputKind, SamplingParams
 
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
 
@@ -96,6 +96,34 @@ def test_logprobs(tiny: Tokenizer) -> None:
     assert sample.cumulative_logprob == -3.0
     assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
     assert output.prompt_logprobs[1] is not None and [*output.prompt_logprobs[1]] == tiny.encode("b")
+
+
+def test_logprobs_of_given_tokens(tiny: Tokenizer) -> None:
+    x, y = tiny.encode("xy")
+    entry = TokenLogprobs([x, y], [-1.5, -0.5], [3, 1])
+    output = assembler(tiny, logprob_token_ids=[y]).push(Update(10, [x], logprobs=[entry], finish_reason="length"))
+    assert output is not None
+    sample = output.outputs[0]
+    assert sample.logprobs is not None and [*sample.logprobs[0]] == [x, y] and sample.cumulative_logprob == -1.5
+
+
+@pytest.mark.parametrize("kind", [CUMULATIVE, DELTA, FINAL_ONLY])
+def test_flat_logprobs_say_the_same(tiny: Tokenizer, kind: RequestOutputKind) -> None:
+    ids = tiny.encode("xyz")
+    entries = [TokenLogprobs([token_id, 1], [-1.5, -0.5], [3, 1]) for token_id in ids]
+
+    def outputs(flat: bool) -> list[RequestOutput]:
+        made = assembler(tiny, logprobs=1, prompt_logprobs=1, flat_logprobs=flat, output_kind=kind)
+        updates = [Update(10, [token_id], [entry]) for token_id, entry in zip(ids, entries, strict=True)]
+        updates[0].prompt_logprobs, updates[-1].finish_reason = [None, entries[0]], "length"
+        return [output for update in updates if (output := made.push(update)) is not None]
+
+    for flat, plain in zip(outputs(True), outputs(False), strict=True):
+        logprobs = flat.outputs[0].logprobs
+        assert isinstance(logprobs, FlatLogprobs) and list(logprobs) == plain.outputs[0].logprobs
+        if plain.prompt_logprobs is not None:
+            assert isinstance(flat.prompt_logprobs, FlatLogprobs)
+            assert list(flat.prompt_logprobs) == [{}, *plain.prompt_logprobs[1:]]
 
 
 def test_prompt_logprobs_come_once_in_deltas(tiny: Tokenizer) -> None:
