@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from pelton.config import EngineArgs, EngineConfig, Environment, resolve
+from pelton.config import EngineArgs, EngineConfig, Environment, ModelFacts, resolve
 from pelton.engine.core import EngineCore
 from pelton.engine.host import Engine, OnProgress
 from pelton.engine.messages import EngineInfo
 from pelton.engine.scheduler import Scheduler
 from pelton.errors import ConfigError
+from pelton.layers.rope import context_length
 from pelton.models import find_model
 from pelton.runner.device import probe_device
 from pelton.runner.grammar import Grammars
@@ -38,8 +39,9 @@ def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Eng
 
     architecture = find_model(files.config)
     kv_layers = architecture.kv_layers(files.config)
+    facts = ModelFacts(files.config["torch_dtype"], context_length(files.config), kv_layers, weight_bytes(files))
     machine = probe_device(args.device)
-    config = resolve(args, files.config, kv_layers, weight_bytes(files), machine, Environment.read())
+    config = resolve(args, facts, machine, Environment.read())
 
     torch.set_num_threads(config.device.num_threads)
     device, dtype = torch.device(config.device.kind), getattr(torch, config.model.dtype)

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pelton.errors import ConfigError
 
@@ -154,6 +153,16 @@ class KVLayer:
 
 
 @dataclass(frozen=True)
+class ModelFacts:
+    """What the checkpoint says about itself."""
+
+    dtype: str  # it was trained in: a key of DTYPE_BYTES
+    max_len: int  # tokens it was made for, prompt and completion together
+    kv_layers: Sequence[KVLayer]
+    weight_bytes: Mapping[str, int]  # size of the weights in memory for each dtype
+
+
+@dataclass(frozen=True)
 class KVGroup:
     """Layers that share one block table. Groups of one model have equally many layers (the last may have fewer),
     so that a block has the same size whichever group holds it, and one pool serves all."""
@@ -231,28 +240,20 @@ class EngineConfig:
     notes: tuple[str, ...]
 
 
-def resolve(
-    args: EngineArgs,
-    model_config: Mapping[str, Any],
-    kv_layers: Sequence[KVLayer],
-    weight_bytes: Mapping[str, int],
-    device: DeviceFacts,
-    env: Environment,
-) -> EngineConfig:
+def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Environment) -> EngineConfig:
     """Decide everything.
 
-    model_config: Hugging Face `config.json` (its text part). weight_bytes: size of the weights in memory for each
-    dtype. Raises ConfigError when the model cannot run as asked, with the figures and the flag that would help.
+    Raises ConfigError when the model cannot run as asked, with the figures and the flag that would help.
     """
     notes: list[str] = []
-    dtype = _choose_dtype(args, model_config, device, notes)
+    dtype = _choose_dtype(args, model.dtype, device, notes)
     max_num_seqs = args.max_num_seqs or (64 if device.kind == "cpu" else 256)
-    model_len = _context_length(args, model_config)
-    block_bytes = _block_bytes(args.block_size, kv_layers, dtype)
-    groups = make_groups(kv_layers)
+    model_len = _context_length(args, model.max_len)
+    block_bytes = _block_bytes(args.block_size, model.kv_layers, dtype)
+    groups = make_groups(model.kv_layers)
     most_blocks = 1 + max_num_seqs * len(groups) * (math.ceil(model_len / args.block_size) + 1)
     num_blocks = args.num_gpu_blocks_override or min(
-        most_blocks, _kv_bytes(args, device, weight_bytes[dtype], env, notes) // block_bytes
+        most_blocks, _kv_bytes(args, device, model.weight_bytes[dtype], env, notes) // block_bytes
     )
     max_model_len = _fit_context(args, groups, num_blocks, model_len, block_bytes, notes)
     max_num_batched_tokens = args.max_num_batched_tokens or 2048
@@ -275,10 +276,7 @@ def resolve(
     )
 
 
-def _choose_dtype(
-    args: EngineArgs, model_config: Mapping[str, Any], device: DeviceFacts, notes: list[str]
-) -> str:
-    trained = str(model_config.get("dtype") or model_config.get("torch_dtype") or "bfloat16")
+def _choose_dtype(args: EngineArgs, trained: str, device: DeviceFacts, notes: list[str]) -> str:
     if args.dtype != "auto":
         dtype, reason = DTYPE_NAMES[args.dtype], "as asked"
     elif device.has_fast_bf16:
@@ -292,19 +290,13 @@ def _choose_dtype(
     return dtype
 
 
-def _context_length(args: EngineArgs, model_config: Mapping[str, Any]) -> int:
-    """Tokens the model can attend to: what was asked, held against what it was trained for."""
-    trained = int(model_config.get("max_position_embeddings") or 2048)
-    scaling = model_config.get("rope_scaling") or model_config.get("rope_parameters") or {}
-    is_scaled_already = str(model_config.get("model_type")).startswith("gemma3")
-    if scaling.get("rope_type", scaling.get("type")) in ("linear", "yarn") and not is_scaled_already:
-        original = int(scaling.get("original_max_position_embeddings") or trained)
-        trained = max(trained, int(original * float(scaling.get("factor", 1.0))))
+def _context_length(args: EngineArgs, longest: int) -> int:
+    """Tokens the model can attend to: what was asked, held against what it was made for."""
     if args.max_model_len is None:
-        return trained
-    if args.max_model_len > trained:
+        return longest
+    if args.max_model_len > longest:
         raise ConfigError(
-            f"--max-model-len {args.max_model_len} exceeds the {trained} tokens the model was made for; use {trained} "
+            f"--max-model-len {args.max_model_len} exceeds the {longest} tokens the model was made for; use {longest} "
             "or less"
         )
     return args.max_model_len

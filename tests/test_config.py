@@ -14,6 +14,7 @@ from pelton.config import (
     EngineConfig,
     Environment,
     KVLayer,
+    ModelFacts,
     blocks_for,
     make_groups,
     resolve,
@@ -21,14 +22,14 @@ from pelton.config import (
 from pelton.errors import ConfigError
 
 CPU = DeviceFacts("cpu", "a CPU", free_bytes=16 * GIB, has_fast_bf16=True, num_cores=4)
-MODEL = {"max_position_embeddings": 1024, "torch_dtype": "bfloat16"}
 LAYERS = [KVLayer(None, 4, 64)] * 8
 WEIGHTS = {"float32": 4 * GIB, "bfloat16": 2 * GIB, "float16": 2 * GIB}
+MODEL = ModelFacts("bfloat16", 1024, LAYERS, WEIGHTS)
 
 
-def decide(args: dict[str, Any] | None = None, model: dict[str, Any] | None = None, device: DeviceFacts = CPU,
-           env: Environment | None = None, layers: list[KVLayer] | None = None) -> EngineConfig:
-    return resolve(EngineArgs(**(args or {})), model or MODEL, layers or LAYERS, WEIGHTS, device, env or Environment())
+def decide(args: dict[str, Any] | None = None, model: ModelFacts = MODEL, device: DeviceFacts = CPU,
+           env: Environment | None = None) -> EngineConfig:
+    return resolve(EngineArgs(**(args or {})), model, device, env or Environment())
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def decide(args: dict[str, Any] | None = None, model: dict[str, Any] | None = No
     ],
 )
 def test_dtype(trained: str, fast: bool, kind: str, dtype: str) -> None:
-    config = decide(model={**MODEL, "torch_dtype": trained}, device=replace(CPU, kind=kind, has_fast_bf16=fast))
+    config = decide(model=replace(MODEL, dtype=trained), device=replace(CPU, kind=kind, has_fast_bf16=fast))
     assert config.model.dtype == dtype
     assert any(dtype in note for note in config.notes)
 
@@ -55,10 +56,6 @@ def test_dtype_as_asked() -> None:
 def test_context_length() -> None:
     assert decide().model.max_model_len == 1024
     assert decide({"max_model_len": 100}).model.max_model_len == 100
-    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
-    assert decide(model={**MODEL, "rope_scaling": scaling}).model.max_model_len == 4096
-    llama3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 128}
-    assert decide(model={**MODEL, "rope_scaling": llama3}).model.max_model_len == 1024
     with pytest.raises(ConfigError, match="use 1024 or less"):
         decide({"max_model_len": 1025})
 

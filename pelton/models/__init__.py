@@ -12,6 +12,7 @@ from pelton.config import KVLayer
 from pelton.errors import ModelFormatError
 from pelton.layers.batch import Batch
 from pelton.weights.checkpoint import Checkpoint
+from pelton.weights.fields import Fields, shorten
 
 # architecture -> "file:class". A new model is one new file and one line here.
 ARCHITECTURES = {
@@ -45,10 +46,10 @@ class Model(Protocol):
 
 def find_model(config: Mapping[str, Any]) -> type[Model]:
     """The class for a config.json; ModelFormatError lists what is known."""
-    names = config.get("architectures") or []
+    names = Fields(config).str_list("architectures", [])
     for name in names:
         if name in ARCHITECTURES:
             module, _, cls = ARCHITECTURES[name].partition(":")
             return getattr(import_module(f"pelton.models.{module}"), cls)  # type: ignore[no-any-return]
-    asked = ", ".join(names) or "(none)"
+    asked = ", ".join(map(shorten, names)) or "(none)"
     raise ModelFormatError(f"architecture {asked} is not supported; known: {', '.join(ARCHITECTURES)}")

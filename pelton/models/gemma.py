@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from pelton.config import KVLayer
-from pelton.layers.attention import Attention, AttentionShape
+from pelton.layers.attention import GLOBAL, LOCAL, Attention, AttentionShape
 from pelton.layers.batch import Batch
 from pelton.layers.mlp import GatedMLP
 from pelton.layers.norm import RMSNorm
@@ -23,8 +23,6 @@ from pelton.layers.rope import Angles, Rope
 from pelton.layers.vocab import Embedding, LMHead
 from pelton.weights.checkpoint import Checkpoint
 from pelton.weights.fields import Fields
-
-LOCAL, GLOBAL = "sliding_attention", "full_attention"  # config.json's words in layer_types
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,9 @@ class GemmaConfig:
         num_layers = fields.int("num_hidden_layers", low=1)
         every = fields.int("sliding_window_pattern", global_every, low=1)
         default = [LOCAL if (i + 1) % every else GLOBAL for i in range(num_layers)]
-        layer_types = fields.str_list("layer_types", default, length=num_layers)
+        layer_types = fields.str_list("layer_types", default, length=num_layers, known=(LOCAL, GLOBAL))
+        if fields.bool("use_bidirectional_attention", False):
+            raise fields.error("use_bidirectional_attention", "is true: not supported; pelton runs causal models")
         window = fields.int("sliding_window", 4096, low=1)
         bias = fields.bool("attention_bias", False)
         shapes = [
@@ -71,7 +71,7 @@ class GemmaConfig:
             d_hidden=fields.int("intermediate_size", low=1),
             attention=tuple(shapes),
             activation=fields.str("hidden_activation", "gelu_pytorch_tanh"),
-            eps=fields.float("rms_norm_eps", 1e-6),
+            eps=fields.float("rms_norm_eps", 1e-6, low=0.0),
             tied=fields.bool("tie_word_embeddings", True),
             logit_softcap=fields.optional_float("final_logit_softcapping", low=1e-6),
             qk_norm=qk_norm,
@@ -159,15 +159,14 @@ class Gemma3(Gemma2):
         Newer config files hold both under `rope_parameters`, an entry for each kind of layer.
         """
         config, fields = ckpt.config, Fields(ckpt.config)
-        global_config = {
-            "rope_theta": fields.float("rope_theta", 1e6, low=1.0),
-            "rope_scaling": config.get("rope_scaling"),
-        }
-        local_config: dict[str, Any] = {"rope_theta": fields.float("rope_local_base_freq", 1e4, low=1.0)}
-        by_kind = config.get("rope_parameters") or {}
-        if GLOBAL in by_kind:
-            global_config, local_config = {"rope_parameters": by_kind[GLOBAL]}, {"rope_parameters": by_kind[LOCAL]}
+        by_kind = fields.optional_object("rope_parameters")
+
+        def load(kind: str, theta: float, scaling: Any) -> Rope:
+            parameters = scaling if by_kind is None else by_kind.object(kind).values
+            own = {"rope_theta": theta, "rope_scaling": parameters, "rope_parameters": None}
+            return Rope.parse({**config, **own}, head_size, ckpt.device)
+
         return (
-            Rope.parse(global_config, head_size, ckpt.device),
-            Rope.parse(local_config, head_size, ckpt.device),
+            load(GLOBAL, fields.float("rope_theta", 1e6), config.get("rope_scaling")),
+            load(LOCAL, fields.float("rope_local_base_freq", 1e4), None),
         )

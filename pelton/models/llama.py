@@ -47,7 +47,10 @@ class LlamaConfig:
         d_model = fields.int("hidden_size", low=1)
         num_heads = fields.int("num_attention_heads", low=1)
         num_layers = fields.int("num_hidden_layers", low=1)
-        head_size = head_size or fields.int("head_dim", d_model // num_heads, low=1)
+        head_size = head_size or fields.optional_int("head_dim", low=1)
+        if head_size is None and d_model % num_heads:
+            raise fields.error("hidden_size", f"{d_model} is not a multiple of num_attention_heads {num_heads}")
+        head_size = head_size or d_model // num_heads
         bias = fields.bool("attention_bias", False)
         shapes = [
             AttentionShape(
@@ -68,7 +71,7 @@ class LlamaConfig:
             d_hidden=fields.int("intermediate_size", low=1),
             attention=tuple(shapes),
             activation=fields.str("hidden_act", "silu"),
-            eps=fields.float("rms_norm_eps", 1e-6),
+            eps=fields.float("rms_norm_eps", 1e-6, low=0.0),
             tied=fields.bool("tie_word_embeddings", False),
             mlp_bias=fields.bool("mlp_bias", False),
             qk_norm=qk_norm,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pelton.layers.attention import GLOBAL, LOCAL
 from pelton.models.llama import Llama, LlamaConfig
 from pelton.weights.fields import Fields
 
@@ -37,6 +38,6 @@ def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     if window is None or not fields.bool("use_sliding_window", False):
         return (None,) * num_layers
     first = fields.int("max_window_layers", num_layers, low=0)
-    default = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
-    layer_types = fields.str_list("layer_types", default, length=num_layers)
-    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+    default = [LOCAL if i >= first else GLOBAL for i in range(num_layers)]
+    layer_types = fields.str_list("layer_types", default, length=num_layers, known=(LOCAL, GLOBAL))
+    return tuple(window if kind == LOCAL else None for kind in layer_types)

@@ -17,6 +17,7 @@ from tokenizers.models import BPE
 from pelton.errors import ModelFormatError
 from pelton.text.byte_alphabet import BYTE_TO_CHAR
 from pelton.text.pre_tokenizers import pre_tokenizer_for
+from pelton.weights.fields import shorten
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
 ARCHITECTURES_MERGING_BY_POSITION = ("gemma", "gemma2", "gemma3")
@@ -238,7 +239,13 @@ def _add_template(backend: Tokenizer, metadata: Mapping[str, Any], tokens: Seque
 
 
 def set_template(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
-    """Make `encode` put `bos` before and `eos` after a text."""
-    around = [(token, backend.token_to_id(token)) for token in (bos, eos) if token is not None]
-    single = " ".join([*([bos] if bos else []), "$A", *([eos] if eos else [])])
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
+    """Make `encode` put `bos` before and `eos` after a text. ModelFormatError if they are no tokens."""
+    around = [(token, backend.token_to_id(token)) for token in (bos, eos) if token]
+    for token, token_id in around:
+        if token_id is None:
+            raise ModelFormatError(f"{shorten(token)} is to stand around each text, but is not in the vocabulary")
+    single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
+    try:
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
+    except Exception as error:  # the library raises nothing more specific
+        raise ModelFormatError(f"{shorten(around)} cannot stand around each text: {error}") from error

@@ -19,11 +19,13 @@ from tokenizers import Tokenizer as Backend
 from pelton.errors import ConfigError, ModelFormatError, RequestError
 from pelton.text.byte_alphabet import CHAR_TO_BYTE
 from pelton.text.gguf_tokenizer import build_gguf_tokenizer, read_token_id, set_template
-from pelton.weights.fields import read_json
-from pelton.weights.files import ModelFiles, open_model
+from pelton.weights.fields import Fields, read_json, shorten
+from pelton.weights.files import MAX_SIZES, ModelFiles, open_model
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|eot|>")
+_ID = re.compile(r"[0-9]{1,9}")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -172,15 +174,15 @@ def load_tokenizer(files: ModelFiles, override: str | None = None) -> Tokenizer:
 
 
 def _eos_ids(files: ModelFiles) -> list[int]:
-    """Ids that end a text, from generation_config.json and config.json (each one id or a list)."""
+    """Ids that end a text, from generation_config.json and config.json (each one id or a list).
+
+    Ids beyond the model's vocabulary are left out: they have no logit, so they never come.
+    """
     ids: list[int] = []
-    for source, config in (("generation_config", files.generation_config), ("config", files.config)):
-        value = config.get("eos_token_id")
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token_id) is int and token_id >= 0 for token_id in values):
-            raise ModelFormatError(f"{source}.json: eos_token_id must be an id or a list of ids, got {value!r}")
-        ids += values
-    return ids
+    vocab_size = Fields(files.config).int("vocab_size", 1 << 31)
+    for where, config in (("generation_config.json", files.generation_config), ("config.json", files.config)):
+        ids += Fields(config, where).optional_ints("eos_token_id") or []
+    return [token_id for token_id in ids if token_id < vocab_size]
 
 
 def _from_gguf(metadata: Mapping[str, Any], eos_ids: Sequence[int]) -> Tokenizer:
@@ -209,21 +211,30 @@ def _from_folder(folder: Path, eos_ids: Sequence[int]) -> Tokenizer:
             f"{folder} has {'/'.join(others) or 'no tokenizer'} but no tokenizer.json; make one with transformers: "
             f'AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
         )
-    try:
-        backend = Backend.from_buffer(path.read_bytes())
-    except Exception as error:  # the library raises nothing more specific
-        raise ModelFormatError(f"{path} is not a tokenizer: {error}") from error
-    config = read_tokenizer_config(folder)
-    _add_missing_tokens(backend, config)
-    named = {name: token for name in _NAMED if (token := _token_text(config, name)) is not None}
-    if "add_bos_token" in config or "add_eos_token" in config:
+    backend = _parse(path)
+    fields = Fields(read_tokenizer_config(folder), "tokenizer_config.json")
+    _add_missing_tokens(backend, fields)
+    named = {name: token for name in _NAMED if (token := _token_text(fields, name)) is not None}
+    if "add_bos_token" in fields.values or "add_eos_token" in fields.values:
         set_template(
             backend,
-            bos=named.get("bos_token") if config.get("add_bos_token") else None,
-            eos=named.get("eos_token") if config.get("add_eos_token") else None,
+            bos=named.get("bos_token") if fields.bool("add_bos_token", False) else None,
+            eos=named.get("eos_token") if fields.bool("add_eos_token", False) else None,
         )
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if vocab_size > MAX_SIZES["vocab_size"]:
+        raise ModelFormatError(f"{path} has the token id {vocab_size - 1}, more than any model's")
     return Tokenizer(backend, vocab_size, named, eos_ids)
+
+
+def _parse(path: Path) -> Backend:
+    data = path.read_bytes()
+    try:
+        return Backend.from_buffer(data)
+    except BaseException as error:  # the library raises nothing more specific; its Rust code may also panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelFormatError(f"{path} is not a tokenizer: {shorten(str(error), 200)}") from error
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
@@ -232,29 +243,24 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _token_text(config: Mapping[str, Any], name: str) -> str | None:
+def _token_text(fields: Fields, name: str) -> str | None:
     """A token that may be written as text or as {"content": text}."""
-    value = config.get(name)
-    text = value.get("content") if isinstance(value, dict) else value
-    if text is not None and not isinstance(text, str):
-        raise ModelFormatError(f"tokenizer_config.json: {name} must be text, got {value!r}")
-    return text
+    is_object = isinstance(fields.values.get(name), dict)
+    return fields.object(name).optional_str("content") if is_object else fields.optional_str(name)
 
 
-def _add_missing_tokens(backend: Backend, config: Mapping[str, Any]) -> None:
+def _add_missing_tokens(backend: Backend, fields: Fields) -> None:
     """Added tokens that tokenizer_config.json has and tokenizer.json lacks."""
-    added = config.get("added_tokens_decoder", {})
-    if not isinstance(added, dict) or not all(key.isdigit() and isinstance(v, dict) for key, v in added.items()):
-        raise ModelFormatError("tokenizer_config.json: added_tokens_decoder must map ids to tokens")
-    known = set(backend.get_added_tokens_decoder())
-    for token_id, entry in sorted((int(key), value) for key, value in added.items()):
-        if token_id in known:
+    added = fields.optional_object("added_tokens_decoder") or Fields({})
+    if not all(_ID.fullmatch(key) for key in added.values):
+        raise fields.error("added_tokens_decoder", "must map ids to tokens")
+    known = backend.get_added_tokens_decoder()
+    for key in sorted(added.values, key=int):
+        entry = added.object(key)
+        content = entry.str("content")
+        if int(key) in known:
             continue
-        content = _token_text(added, str(token_id))
-        if content is None:
-            raise ModelFormatError(f"tokenizer_config.json: added_tokens_decoder[{token_id}] has no content")
-        flags = {name: bool(entry.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
-        token = AddedToken(content, **flags)
-        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-        if backend.token_to_id(content) != token_id:
-            raise ModelFormatError(f"tokenizer_config.json: token {content!r} cannot have the id {token_id}")
+        flags = {name: entry.bool(name, False) for name in _FLAGS}
+        (backend.add_special_tokens if flags["special"] else backend.add_tokens)([AddedToken(content, **flags)])
+        if backend.token_to_id(content) != int(key):
+            raise entry.error("content", f"is {shorten(content)}, which cannot have the id {key}")

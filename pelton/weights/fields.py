@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from pelton.errors import ModelFormatError
 
 MAX_JSON_BYTES = 64 << 20
+MAX_FLOAT = 1e30  # numbers that are larger are not believed: torch refuses to compute with what float32 cannot hold
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, no text can hold it
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 # The methods of Fields are named after the types they return, so inside the class the types need other names.
 Int: TypeAlias = int
 Float: TypeAlias = float
@@ -24,7 +29,7 @@ class Fields:
     """A view of `values`, the object found at `where` (for messages only).
 
     A field that is absent or null takes its default; without a default it is an error, except with `optional_...`,
-    which return None. Numbers must lie in [low, high]; true and false are not numbers.
+    which return None. Numbers, defaults too, must lie in [low, high]; true and false are not numbers.
     """
 
     def __init__(self, values: Mapping[Str, Any], where: Str = "config.json") -> None:
@@ -32,12 +37,14 @@ class Fields:
         self.where = where
 
     def int(self, name: Str, default: Int | None = None, *, low: Int = 0, high: Int = 1 << 31) -> Int:
-        return self._required(name, self.optional_int(name, low=low, high=high), default)
+        value = self._required(name, self.optional_int(name, low=low, high=high), default)
+        return self._in_range(name, value, low, high)
 
     def float(
-        self, name: Str, default: Float | None = None, *, low: Float = -math.inf, high: Float = math.inf
+        self, name: Str, default: Float | None = None, *, low: Float = -MAX_FLOAT, high: Float = MAX_FLOAT
     ) -> Float:
-        return self._required(name, self.optional_float(name, low=low, high=high), default)
+        value = self._required(name, self.optional_float(name, low=low, high=high), default)
+        return self._in_range(name, value, low, high)
 
     def str(self, name: Str, default: Str | None = None) -> Str:
         return self._required(name, self.optional_str(name), default)
@@ -46,24 +53,35 @@ class Fields:
         value: Bool | None = self._typed(name, bool, "true or false")
         return self._required(name, value, default)
 
-    def str_list(self, name: Str, default: list[Str] | None = None, *, length: Int | None = None) -> list[Str]:
-        return self._required(name, self._list(name, str, "a list of strings", length), default)
+    def str_list(
+        self, name: Str, default: list[Str] | None = None, *, length: Int | None = None,
+        known: Collection[Str] | None = None,
+    ) -> list[Str]:
+        values: list[Str] = self._required(name, self._list(name, str, "a list of strings", length), default)
+        for value in values:
+            if known is not None and value not in known:
+                raise self.error(name, f"holds {shorten(value)}; known are {', '.join(known)}")
+        return values
+
+    def object(self, name: Str) -> Fields:
+        return self._required(name, self.optional_object(name), None)
 
     def optional_int(self, name: Str, *, low: Int = 0, high: Int = 1 << 31) -> Int | None:
         value = self._typed(name, int, "an integer")
         return None if value is None else self._in_range(name, value, low, high)
 
-    def optional_float(self, name: Str, *, low: Float = -math.inf, high: Float = math.inf) -> Float | None:
+    def optional_float(self, name: Str, *, low: Float = -MAX_FLOAT, high: Float = MAX_FLOAT) -> Float | None:
         value = self._typed(name, (int, float), "a number")
         if value is None:
             return None
         if isinstance(value, int) and abs(value) > 1 << 1000 or not math.isfinite(value):
             raise self.error(name, "must be a finite number")
-        number: Float = self._in_range(name, float(value), low, high)
-        return number
+        return self._in_range(name, float(value), low, high)
 
     def optional_str(self, name: Str) -> Str | None:
         value: Str | None = self._typed(name, str, "a string")
+        if value is not None and _SURROGATE.search(value):
+            raise self.error(name, "must be valid Unicode, but holds half of a surrogate pair")
         return value
 
     def optional_ints(self, name: Str, *, low: Int = 0, high: Int = 1 << 31) -> list[Int] | None:
@@ -98,7 +116,7 @@ class Fields:
             raise self.error(name, f"must be {what}, got {shorten(value)}")
         return value
 
-    def _in_range(self, name: Str, value: Any, low: Any, high: Any) -> Any:
+    def _in_range(self, name: Str, value: N, low: N, high: N) -> N:
         if value < low:
             raise self.error(name, f"must be at least {low}, got {shorten(value)}")
         if value > high:

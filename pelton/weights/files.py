@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pelton.config import DTYPE_BYTES
 from pelton.errors import ModelFormatError, ModelNotFoundError
 from pelton.weights.fields import Fields, read_json, shorten
 from pelton.weights.gguf import SPLIT_NAME, GGUFFile, open_gguf
@@ -80,12 +81,12 @@ def open_model(path: Path) -> ModelFiles:
 def weight_bytes(files: ModelFiles) -> dict[str, int]:
     """The memory that the weights take in each compute dtype, in bytes."""
     num_weights = sum(tensor.num_weights for tensor in files.tensors.values())
-    return {"float32": 4 * num_weights, "bfloat16": 2 * num_weights, "float16": 2 * num_weights}
+    return {dtype: size * num_weights for dtype, size in DTYPE_BYTES.items()}
 
 
 def _open_folder(folder: Path) -> ModelFiles:
     if shards := find_shards(folder):
-        config = _text_config(read_json(child(folder, "config.json")))
+        config = text_config(read_json(child(folder, "config.json")))
         generation = optional_child(folder, "generation_config.json")
         return ModelFiles(folder, shards, "safetensors", config, read_json(generation) if generation else {})
     # "mmproj" files hold the vision part of a model, in a format of their own.
@@ -104,18 +105,31 @@ def _open_gguf(path: Path) -> ModelFiles:
     return ModelFiles(path.parent, file.paths, "gguf", config, generation_config_from_gguf(file, path.name), file)
 
 
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json with the text part of a model that also sees merged up, and newer names beside the older ones."""
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as the rest of pelton reads it: the text part of a model that also sees is merged up, and
+    `torch_dtype` is the name of a compute dtype. ModelFormatError names the field that cannot be.
+    """
     text = Fields(config).optional_object("text_config")
     if text is not None:
         given = {name: value for name, value in text.values.items() if value is not None}
         config = {**config, **given, "architectures": config.get("architectures")}
-    config = {**config, "torch_dtype": config.get("torch_dtype") or config.get("dtype")}
-    quantization = Fields(config).optional_object("quantization_config")
+    fields = Fields(config)
+    quantization = fields.optional_object("quantization_config")
     if quantization is not None:
         method = shorten(quantization.str("quant_method", "unknown"))
-        raise Fields(config).error("quantization_config", f"is {method}: not supported; use the original or a GGUF")
-    return _checked(config, "config.json")
+        raise fields.error("quantization_config", f"is {method}: not supported; use the original or a GGUF")
+    if "rope_freq_factors" in config:
+        raise fields.error("rope_freq_factors", "is not one of config.json's; use rope_scaling")
+    return _checked({**config, "torch_dtype": _trained_dtype(fields)}, "config.json")
+
+
+def _trained_dtype(fields: Fields) -> str:
+    """`dtype`, in older files `torch_dtype`: "bfloat16" or "torch.bfloat16"."""
+    name = "torch_dtype" if fields.optional_str("dtype") is None else "dtype"
+    dtype = fields.str(name, "bfloat16").removeprefix("torch.")
+    if dtype not in DTYPE_BYTES:
+        raise fields.error(name, f"is {shorten(dtype)}: not supported; known are {', '.join(DTYPE_BYTES)}")
+    return dtype
 
 
 def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -123,7 +137,6 @@ def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
     fields = Fields(config, where)
     fields.str_list("architectures", [])
     fields.optional_str("model_type")
-    fields.optional_str("torch_dtype")
     fields.optional_ints("eos_token_id")
     for name, limit in MAX_SIZES.items():
         fields.optional_int(name, low=1, high=limit)

@@ -68,6 +68,16 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]
     return make
 
 
+@pytest.fixture
+def cases() -> dict[str, tuple[str, dict[str, Any]]]:
+    return CASES
+
+
+@pytest.fixture
+def small_config() -> dict[str, Any]:
+    return SMALL
+
+
 @pytest.fixture(params=sorted(CASES))
 def pair(request: pytest.FixtureRequest, make_pair: Callable[[str], Pair]) -> Pair:
     return make_pair(request.param)

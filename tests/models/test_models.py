@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,13 @@ from pelton.config import CacheConfig, DeviceConfig, EngineConfig, ModelConfig, 
 from pelton.engine.core import EngineCore
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import EngineRequest, TokenLogprobs
-from pelton.models import find_model
+from pelton.errors import ModelFormatError
+from pelton.models import ARCHITECTURES, find_model
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.model_runner import ModelRunner
 from pelton.types import SamplingParams
+from pelton.weights.checkpoint import DummyCheckpoint
+from pelton.weights.files import text_config
 
 PROMPT_LEN, NEW_TOKENS, BLOCK_SIZE = 45, 12, 4
 TOLERANCE = 1e-4  # float32, between two orders of the same sums
@@ -26,12 +30,54 @@ def make_engine(pair: Any, chunk: int = 512, num_blocks: int = 400, prefix_cachi
     cache = CacheConfig(BLOCK_SIZE, num_blocks, make_groups(kv_layers), prefix_caching)
     scheduler = SchedulerConfig(8, chunk, 64, 128, True)
     config = EngineConfig(
-        ModelConfig(("tiny",), "float32", 128, 20), cache, scheduler, DeviceConfig("cpu", 1, False, 0), ()
+        ModelConfig("float32", 128), cache, scheduler, DeviceConfig("cpu", 1, False, 0), (), ()
     )
     kv = KVCache(cache, kv_layers, torch.float32, torch.device("cpu"))
     for layer in kv.layers:
         layer.fill_(torch.nan)  # whoever reads a slot that was not written is found out
     return EngineCore(Scheduler(scheduler, cache), ModelRunner(pair.model, kv, config))
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(1, 1, 2), (3, 1, 4), (4, 4, 6)])
+def test_the_smallest_shapes_run(architecture: str, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    config = text_config({
+        "architectures": [architecture], "vocab_size": 3, "hidden_size": 1, "intermediate_size": 1,
+        "num_hidden_layers": 2, "num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads,
+        "head_dim": head_dim, "sliding_window": 1, "query_pre_attn_scalar": 2,
+    })  # fmt: skip
+    model = find_model(config).load(DummyCheckpoint(config, torch.float32, torch.device("cpu")))
+    tokens, scores, _ = run(make_engine(SimpleNamespace(config=config, model=model)), {1: [0, 1, 2]})[1]
+    assert len(tokens) == NEW_TOKENS
+    assert torch.isfinite(scores).all()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "message"),
+    [
+        ("LlamaForCausalLM", {"num_attention_heads": 100}, "hidden_size 48 is not a multiple of num_attention_heads"),
+        ("LlamaForCausalLM", {"num_attention_heads": 5}, "hidden_size 48 is not a multiple of num_attention_heads 5"),
+        ("LlamaForCausalLM", {"num_key_value_heads": 4}, "num_attention_heads 6 .* num_key_value_heads 4"),
+        ("Qwen3ForCausalLM", {"num_key_value_heads": 12}, "num_attention_heads 6 .* num_key_value_heads 12"),
+        ("Gemma3ForCausalLM", {"head_dim": 7}, "head_dim 7 .* must be even"),
+        ("MistralForCausalLM", {"head_dim": 1026}, "head_dim 1026 .* at most 1024"),
+        ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
+        ("Gemma2ForCausalLM", {"layer_types": ["full_attention", "chunked_attention"]}, "holds 'chunked_attention'"),
+    ],
+)
+def test_shapes_that_cannot_be(architecture: str, config: dict[str, Any], message: str) -> None:
+    base = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
+            "num_key_value_heads": 2, "vocab_size": 99}
+    with pytest.raises(ModelFormatError, match=message):
+        find_model({"architectures": [architecture]}).kv_layers({**base, **config})
+
+
+@pytest.mark.parametrize("parameters", [{"full_attention": {}}, {"full_attention": {}, "sliding_attention": 3}, [1]])
+def test_rope_of_gemma3_that_cannot_be(parameters: Any) -> None:
+    config = {"architectures": ["Gemma3ForCausalLM"], "hidden_size": 8, "intermediate_size": 8, "vocab_size": 3,
+              "num_hidden_layers": 1, "rope_parameters": parameters}
+    with pytest.raises(ModelFormatError, match="field (sliding_attention|rope_parameters) (is missing|must be)"):
+        find_model(config).load(DummyCheckpoint(config, torch.float32, torch.device("cpu")))
 
 
 def prompt(seed: int = 0) -> list[int]:

@@ -176,7 +176,9 @@ def test_ends_of_text_come_from_everywhere(byte_level_metadata: dict[str, Any], 
     byte_level_metadata["tokenizer.ggml.tokens"][1] = "<|im_end|>"
     byte_level_metadata["tokenizer.chat_template"] = "{{ messages[0].content }}<|im_end|>"
     assert load_tokenizer(files_of(byte_level_metadata)).eos_token_ids == (1, 0)
-    with pytest.raises(ModelFormatError, match="eos_token_id must be an id"):
+    within = files_of(byte_level_metadata, config={"eos_token_id": [3, 500], "vocab_size": 400})
+    assert load_tokenizer(within).eos_token_ids == (3, 1, 0)
+    with pytest.raises(ModelFormatError, match="eos_token_id must be an integer"):
         load_tokenizer(files_of(byte_level_metadata, config={"eos_token_id": "2"}))
 
 
@@ -231,10 +233,16 @@ def test_added_tokens_of_the_config(folder: Path, tiny: Tokenizer) -> None:
         load_tokenizer(folder_files(folder))
 
 
-@pytest.mark.parametrize("config", [{"bos_token": 3}, {"added_tokens_decoder": []}, {"added_tokens_decoder": {"1": 2}}])
+@pytest.mark.parametrize(
+    "config",
+    [{"bos_token": 3}, {"bos_token": {"content": 3}}, {"bos_token": "\ud800"}, {"add_bos_token": 1},
+     {"bos_token": "none", "add_bos_token": True}, {"added_tokens_decoder": []}, {"added_tokens_decoder": {"1": 2}},
+     {"added_tokens_decoder": {"²": {"content": "x"}}},
+     {"added_tokens_decoder": {"9": {"content": "x", "special": 1}}}],
+)
 def test_wrong_tokenizer_config(folder: Path, config: dict[str, Any]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelFormatError, match=r"tokenizer_config\.json"):
+    with pytest.raises(ModelFormatError, match=r"tokenizer_config\.json|'none' is to stand around each text"):
         load_tokenizer(folder_files(folder))
 
 

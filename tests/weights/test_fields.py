@@ -43,10 +43,35 @@ def test_integers(value: Any) -> None:
         Fields({"hidden_size": value}).int("hidden_size", low=1, high=1 << 20)
 
 
+def test_defaults_lie_in_the_range_too() -> None:
+    with pytest.raises(ModelFormatError, match="field head_dim must be at least 1, got 0"):
+        Fields({}).int("head_dim", 0, low=1)
+    with pytest.raises(ModelFormatError, match="field eps must be at most 1"):
+        Fields({}).float("eps", 2.0, high=1.0)
+
+
 @pytest.mark.parametrize("value", ["1", True, [1.0], float("nan"), float("inf"), 10**400, -0.1, 2.5])
 def test_floats(value: Any) -> None:
     with pytest.raises(ModelFormatError, match="field eps must be"):
         Fields({"eps": value}).float("eps", low=0, high=2)
+
+
+@pytest.mark.parametrize("value", [1, [], "x", True, None])
+def test_objects(value: Any) -> None:
+    with pytest.raises(ModelFormatError, match="field rope (must be an object|is missing)"):
+        Fields({"rope": value}).object("rope")
+
+
+def test_a_string_is_unicode() -> None:
+    with pytest.raises(ModelFormatError, match="field act must be valid Unicode"):
+        Fields({"act": "\ud800"}).optional_str("act")
+
+
+def test_known_strings() -> None:
+    fields = Fields({"kinds": ["a", "b"]})
+    assert fields.str_list("kinds", known=("a", "b")) == ["a", "b"]
+    with pytest.raises(ModelFormatError, match="field kinds holds 'b'; known are a, c"):
+        fields.str_list("kinds", known=("a", "c"))
 
 
 @pytest.mark.parametrize("value", [1, [], {}, True])

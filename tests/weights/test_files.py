@@ -50,7 +50,7 @@ class Canary:
 def test_folder(folder: Path) -> None:
     files = open_model(folder)
     assert (files.format, files.root, files.weights) == ("safetensors", folder, (folder / "model.safetensors",))
-    assert files.config == {**CONFIG, "torch_dtype": None}
+    assert files.config == {**CONFIG, "torch_dtype": "bfloat16"}
     assert files.generation_config == {"temperature": 0.6}
     assert files.gguf is None
     assert weight_bytes(files) == {"float32": 32, "bfloat16": 16, "float16": 16}
@@ -110,11 +110,28 @@ def test_code_beside_the_model_is_not_run(folder: Path, monkeypatch: pytest.Monk
     [("architectures", "LlamaForCausalLM"), ("architectures", [3]), ("model_type", 3), ("torch_dtype", 16),
      ("eos_token_id", "2"), ("hidden_size", "8"), ("hidden_size", 0), ("hidden_size", 1 << 40), ("vocab_size", -1),
      ("num_hidden_layers", 1 << 31), ("num_attention_heads", 8.0), ("num_key_value_heads", True), ("head_dim", [64]),
-     ("intermediate_size", {}), ("max_position_embeddings", 1 << 62), ("text_config", [])],
+     ("intermediate_size", {}), ("max_position_embeddings", 1 << 62), ("text_config", []), ("dtype", ["bfloat16"])],
 )
 def test_wrong_fields(folder: Path, field: str, value: Any) -> None:
     set_config(folder, **{field: value})
     with pytest.raises(ModelFormatError, match=f"config.json: field {field} must be"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+def test_dtype(folder: Path, field: str) -> None:
+    for name in ("bfloat16", "torch.bfloat16"):
+        set_config(folder, **{field: name})
+        assert open_model(folder).config["torch_dtype"] == "bfloat16"
+    for name in ("float64", "float8_e4m3fn", "torch", ""):
+        set_config(folder, **{field: name})
+        with pytest.raises(ModelFormatError, match=f"config.json: field {field} is '{name}': not supported; known are"):
+            open_model(folder)
+
+
+def test_rope_factors_come_from_gguf_only(folder: Path) -> None:
+    set_config(folder, rope_freq_factors=[1.0])
+    with pytest.raises(ModelFormatError, match="field rope_freq_factors is not one of config.json's"):
         open_model(folder)
 
 
