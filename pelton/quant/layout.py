@@ -60,7 +60,7 @@ class OneDNNDense(LinearWeight):
 
     def __init__(self, weight: Tensor) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
-        self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def matmul(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.blocks, None, "none", [], "")
@@ -70,7 +70,8 @@ class OneDNNDense(LinearWeight):
         return torch.nn.functional.embedding(ids, self.dequantize())
 
     def dequantize(self) -> Tensor:
-        return self.blocks.to_dense()
+        weight: Tensor = self.blocks.to_dense()
+        return weight
 
 
 class Stack(LinearWeight):
