@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 from pelton.config import EngineArgs
-from pelton.door import BUILDER, ChatOptions, chat_prompt, fetch, load_text, text_of
+from pelton.door import BUILDER, ChatOptions, chat_prompt, fetch, load_text, log_choices, text_of
 from pelton.engine.client import EngineClient, ThreadClient
-from pelton.engine.host import OnProgress
 from pelton.engine.messages import EngineInfo
 from pelton.engine.scheduler import SchedulerStats
 from pelton.engine.step import EngineRequest, Update
@@ -20,8 +23,10 @@ from pelton.errors import PeltonError, RequestError
 from pelton.text.output import RequestAssembler
 from pelton.text.prompt import Prompts
 from pelton.text.tokenizer import Tokenizer
-from pelton.types import Prompt, RequestOutput, SamplingParams
+from pelton.types import OnProgress, Prompt, RequestOutput, SamplingParams
 from pelton.weights.files import open_model
+
+T = TypeVar("T")
 
 
 class AsyncLLM:
@@ -37,19 +42,27 @@ class AsyncLLM:
 
     @classmethod
     async def start(
-        cls, args: EngineArgs, *, child: bool = True, on_progress: OnProgress | None = None, builder: str = BUILDER
+        cls,
+        args: EngineArgs,
+        *,
+        child: bool = True,
+        on_progress: OnProgress | None = None,
+        on_fetch: OnProgress | None = None,
+        builder: str = BUILDER,
     ) -> AsyncLLM:
         """Load the model.
 
         child: run the engine in a supervised process of its own, so that this one stays responsive, never loads torch
         and survives the engine; else in a thread of this process. on_progress: called with (bytes done, bytes in
-        all). Raises the PeltonError that keeps the model from running.
+        all) of the weights while they are read; on_fetch: the same while they are fetched. Raises the PeltonError
+        that keeps the model from running.
         """
         client = _child(builder) if child else ThreadClient(builder)  # a child imports torch meanwhile
         try:
-            args = await asyncio.to_thread(fetch, args, _on_this_loop(on_progress))
+            args = await _in_daemon(partial(fetch, args, _on_this_loop(on_fetch)))
             load = asyncio.to_thread(lambda: load_text(args, open_model(Path(args.model))))
             make_prompts, _ = await asyncio.gather(load, client.start(args, on_progress))
+            log_choices(client.info)
             return cls(client, make_prompts(client.info.max_model_len), args.served_model_name or [args.model])
         except BaseException:
             await client.close()
@@ -182,6 +195,22 @@ def _on_this_loop(on_progress: OnProgress | None) -> OnProgress | None:
     loop, function = asyncio.get_running_loop(), on_progress
 
     def report(done: int, total: int) -> None:
-        loop.call_soon_threadsafe(function, done, total)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(function, done, total)
 
     return report
+
+
+async def _in_daemon(function: Callable[[], T]) -> T:
+    """What `function` returns, called in a thread that does not keep the program from ending: a download may last."""
+    result: Future[T] = Future()
+    result.set_running_or_notify_cancel()  # whoever awaits may give up, the thread goes on
+
+    def call() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:  # raised again where it is awaited
+            result.set_exception(error)
+
+    threading.Thread(target=call, name="pelton-fetch", daemon=True).start()
+    return await asyncio.wrap_future(result)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from pelton import ops
 from pelton.config import EngineArgs, EngineConfig, Environment, ModelFacts, resolve
 from pelton.engine.core import EngineCore
-from pelton.engine.host import Engine, OnProgress
+from pelton.engine.host import Engine
 from pelton.engine.messages import EngineInfo
 from pelton.engine.scheduler import Scheduler
 from pelton.errors import ConfigError
 from pelton.layers.rope import context_length
 from pelton.models import find_model
+from pelton.ops import native
 from pelton.runner.device import probe_device
 from pelton.runner.grammar import Grammars
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.model_runner import ModelRunner
 from pelton.text.tokenizer import load_tokenizer
+from pelton.types import OnProgress
 from pelton.weights import hub
 from pelton.weights.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from pelton.weights.files import ModelFiles, open_model, weight_bytes
@@ -52,7 +55,7 @@ def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Eng
     kv = KVCache(config.cache, kv_layers, dtype, device)
     runner = ModelRunner(model, kv, config, Grammars(lambda: load_tokenizer(files, args.tokenizer)))
     scheduler = Scheduler(config.scheduler, config.cache)
-    return Engine(EngineCore(scheduler, runner), _info(config, machine.name))
+    return Engine(EngineCore(scheduler, runner), _info(config))
 
 
 def _open_checkpoint(
@@ -63,13 +66,13 @@ def _open_checkpoint(
     return open_checkpoint(files, dtype, device, on_progress)
 
 
-def _info(config: EngineConfig, device_name: str) -> EngineInfo:
-    cache = config.cache
+def _info(config: EngineConfig) -> EngineInfo:
+    cache, kernels = config.cache, ops.describe(config.device.kind)
+    why_none = native.reason if config.device.kind == "cpu" else "this version runs on GPUs in plain torch, slowly"
     return EngineInfo(
         max_model_len=config.model.max_model_len,
-        dtype=config.model.dtype,
-        device=device_name,
-        block_size=cache.block_size,
         num_kv_tokens=(cache.num_blocks - 1) // len(cache.groups) * cache.block_size,
+        kernels=kernels or "none, plain torch",
         notes=config.notes,
+        warnings=config.warnings if kernels else (*config.warnings, why_none),
     )

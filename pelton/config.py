@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from pelton.errors import ConfigError
 
@@ -17,6 +18,13 @@ GIB = 1 << 30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPE_NAMES = {"auto": "auto", "half": "float16", "float": "float32", **{name: name for name in DTYPE_BYTES}}
 DEFAULT_MODEL = "smollm2-135m-instruct"
+KINDS: dict[str, tuple[Any, str]] = {  # of an option, by its annotation
+    "int": (int, "an integer"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "True or False"),
+    "str": (str, "a text"),
+}
+LEAST = {"seed": -(1 << 63), "max_logprobs": -1}  # the least value of an integer option; of all others it is 1
 
 
 # --- what was typed -----------------------------------------------------------------------------------------------
@@ -24,7 +32,10 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 @dataclass
 class EngineArgs:
-    """The engine's options under vLLM's names; None and "auto" are decided by `resolve()`."""
+    """The engine's options under vLLM's names; None and "auto" are decided by `resolve()`.
+
+    Where an option cannot be None, None stands for its default, as in vLLM.
+    """
 
     model: str = DEFAULT_MODEL
     tokenizer: str | None = None
@@ -38,8 +49,8 @@ class EngineArgs:
     max_model_len: int | None = None
     device: str = "auto"  # "auto", "cpu", "cuda"
     tensor_parallel_size: int = 1
-    trust_remote_code: bool = False
-    enforce_eager: bool = False
+    trust_remote_code: bool = False  # accepted; no code of a checkpoint is ever run
+    enforce_eager: bool = False  # accepted; steps are never captured as graphs so far
     seed: int = 0
     generation_config: str = "auto"  # "auto": the checkpoint's sampling defaults; "vllm": none; or a directory
     chat_template: str | None = None
@@ -56,8 +67,12 @@ class EngineArgs:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.seed is None:  # vLLM's LLM takes None for its default
-            self.seed = 0
+        if self.dtype is not None:
+            self.dtype = str(self.dtype).removeprefix("torch.")
+        if isinstance(self.served_model_name, str):
+            self.served_model_name = [self.served_model_name]
+        for option in fields(self):
+            self._check_type(option.name, str(option.type).removesuffix(" | None"), option.default)
         if self.dtype not in DTYPE_NAMES:
             raise ConfigError(f"--dtype {self.dtype} is unknown; choose one of {', '.join(DTYPE_NAMES)}")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -66,15 +81,25 @@ class EngineArgs:
             raise ConfigError(
                 f"--tensor-parallel-size {self.tensor_parallel_size}: this version runs on one device; use 1"
             )
-        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+        if self.block_size & (self.block_size - 1):
             raise ConfigError(f"--block-size must be a power of two, got {self.block_size}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}")
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_waiting", "num_threads",
-                     "kv_cache_memory_bytes", "num_gpu_blocks_override"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ConfigError(f"--{name.replace('_', '-')} must be an integer of at least 1, got {value!r}")
+
+    def _check_type(self, name: str, kind: str, default: Any) -> None:
+        """None becomes the default, a path its text; numbers must be numbers, and not below the least."""
+        value: Any = getattr(self, name)
+        flag = f"--{name.replace('_', '-')}"
+        if value is None or isinstance(value, os.PathLike):
+            value = default if value is None else os.fspath(value)
+            setattr(self, name, value)
+        if value is None or kind not in KINDS:
+            return
+        types, described = KINDS[kind]
+        if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
+            raise ConfigError(f"{flag} must be {described}, got {value!r}")
+        if kind == "int" and value < LEAST.get(name, 1):
+            raise ConfigError(f"{flag} must be at least {LEAST.get(name, 1)}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -192,10 +217,8 @@ def make_groups(layers: Sequence[KVLayer]) -> tuple[KVGroup, ...]:
 class ModelConfig:
     """The model as it will run."""
 
-    served_names: tuple[str, ...]
     dtype: str  # "float32", "bfloat16" or "float16"
     max_model_len: int  # tokens, prompt and completion together
-    max_logprobs: int
 
 
 @dataclass(frozen=True)
@@ -231,13 +254,14 @@ class DeviceConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything decided. `notes` holds one line for each choice a person may wonder about."""
+    """Everything decided, with one line for each choice a person may wonder about."""
 
     model: ModelConfig
     cache: CacheConfig
     scheduler: SchedulerConfig
     device: DeviceConfig
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]  # what is less than the model or the person may expect
 
 
 def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Environment) -> EngineConfig:
@@ -246,6 +270,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
     Raises ConfigError when the model cannot run as asked, with the figures and the flag that would help.
     """
     notes: list[str] = []
+    warnings: list[str] = []
     dtype = _choose_dtype(args, model.dtype, device, notes)
     max_num_seqs = args.max_num_seqs or (64 if device.kind == "cpu" else 256)
     model_len = _context_length(args, model.max_len)
@@ -253,14 +278,14 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
     groups = make_groups(model.kv_layers)
     most_blocks = 1 + max_num_seqs * len(groups) * (math.ceil(model_len / args.block_size) + 1)
     num_blocks = args.num_gpu_blocks_override or min(
-        most_blocks, _kv_bytes(args, device, model.weight_bytes[dtype], env, notes) // block_bytes
+        most_blocks, _kv_bytes(args, device, model.weight_bytes[dtype], env) // block_bytes
     )
-    max_model_len = _fit_context(args, groups, num_blocks, model_len, block_bytes, notes)
+    max_model_len = _fit_context(args, groups, num_blocks, model_len, block_bytes, warnings)
     max_num_batched_tokens = args.max_num_batched_tokens or 2048
     if not args.enable_chunked_prefill:
         max_num_batched_tokens = max(max_num_batched_tokens, max_model_len)
     return EngineConfig(
-        model=ModelConfig(tuple(args.served_model_name or [args.model]), dtype, max_model_len, args.max_logprobs),
+        model=ModelConfig(dtype, max_model_len),
         cache=CacheConfig(args.block_size, num_blocks, groups, args.enable_prefix_caching),
         scheduler=SchedulerConfig(
             max_num_seqs=max_num_seqs,
@@ -273,6 +298,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
             device.kind, args.num_threads or env.num_threads or device.num_cores, args.enforce_eager, args.seed
         ),
         notes=tuple(notes),
+        warnings=tuple(warnings),
     )
 
 
@@ -308,9 +334,7 @@ def _block_bytes(block_size: int, kv_layers: Sequence[KVLayer], dtype: str) -> i
     return block_size * max(layer_bytes) * max(len(group.layer_ids) for group in make_groups(kv_layers))
 
 
-def _kv_bytes(
-    args: EngineArgs, device: DeviceFacts, weight_bytes: int, env: Environment, notes: list[str]
-) -> int:
+def _kv_bytes(args: EngineArgs, device: DeviceFacts, weight_bytes: int, env: Environment) -> int:
     """Memory for the KV cache, before it is cut to what the requests can use at most."""
     if args.kv_cache_memory_bytes:
         return args.kv_cache_memory_bytes
@@ -334,7 +358,7 @@ def _kv_bytes(
 
 
 def _fit_context(
-    args: EngineArgs, groups: Sequence[KVGroup], num_blocks: int, model_len: int, block_bytes: int, notes: list[str]
+    args: EngineArgs, groups: Sequence[KVGroup], num_blocks: int, model_len: int, block_bytes: int, warnings: list[str]
 ) -> int:
     """The context length that one request alone can fill with `num_blocks` blocks."""
     chunk = (args.max_num_batched_tokens or 2048) if args.enable_chunked_prefill else model_len
@@ -354,7 +378,7 @@ def _fit_context(
             f"one request of {model_len} tokens needs {need_gib:.2f} GiB of KV cache, there is {have_gib:.2f} GiB; "
             f"use --max-model-len {max(low, 1)} or give the cache more memory (--kv-cache-memory-bytes)"
         )
-    notes.append(f"max_model_len {low} instead of {model_len}: the KV cache of {have_gib:.2f} GiB holds no more")
+    warnings.append(f"max_model_len {low} instead of {model_len}: the KV cache of {have_gib:.2f} GiB holds no more")
     return low
 
 

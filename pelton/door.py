@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from pelton import vllm_options
 from pelton.config import EngineArgs
+from pelton.engine.messages import EngineInfo
 from pelton.errors import ConfigError
 from pelton.text.chat_template import load_chat_template
 from pelton.text.prompt import Prompts, default_sampling_params
 from pelton.text.tokenizer import load_tokenizer
-from pelton.types import Prompt
+from pelton.types import OnProgress, Prompt
 from pelton.weights import hub
 from pelton.weights.fields import read_json
 from pelton.weights.files import ModelFiles
@@ -24,29 +26,17 @@ logger = logging.getLogger(__name__)
 
 BUILDER = "pelton.build:build_engine"
 
-# Arguments of vLLM's LLM that have no effect here -> why. None of them would change what a model answers.
-IGNORED = {
-    "swap_space": "preempted requests are computed again, not swapped",
-    "disable_log_stats": "statistics are not logged",
-    "max_seq_len_to_capture": "graphs are captured as they are needed",
-    "disable_custom_all_reduce": "there is one device",
-    "disable_async_output_proc": "output is always processed beside the engine",
-    "distributed_executor_backend": "there is one device",
-    "compilation_config": "nothing is compiled at run time",
-    "use_tqdm_on_load": "loading is quick",
-    "async_scheduling": "LLM schedules each step",
-}
 
-
-def engine_args(options: Mapping[str, Any]) -> EngineArgs:
-    """EngineArgs from keyword arguments; ConfigError for a name that is unknown."""
+def args_from_keywords(options: Mapping[str, Any]) -> EngineArgs:
+    """EngineArgs from keyword arguments, vLLM's others among them; ConfigError for a name that is unknown."""
     known = [field.name for field in fields(EngineArgs)]
     given = {}
     for name, value in options.items():
         if name in known:
             given[name] = value
-        elif name in IGNORED:
-            logger.info("%s has no effect: %s", name, IGNORED[name])
+        elif vllm_options.is_known(name):
+            if (line := vllm_options.why_no_effect(name, value, name)) is not None:
+                logger.info("%s", line)
         else:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
@@ -54,7 +44,16 @@ def engine_args(options: Mapping[str, Any]) -> EngineArgs:
     return EngineArgs(**given)
 
 
-def fetch(args: EngineArgs, on_progress: hub.Progress | None = None) -> EngineArgs:
+def log_choices(info: EngineInfo) -> None:
+    """Tell what was decided while the engine was built; what a person has to know is a warning."""
+    logger.debug("kernels: %s", info.kernels)
+    for note in info.notes:
+        logger.info("%s", note)
+    for warning in info.warnings:
+        logger.warning("%s", warning)
+
+
+def fetch(args: EngineArgs, on_progress: OnProgress | None = None) -> EngineArgs:
     """`args` with the model's path on this machine, served under the name it was asked for by."""
     path = hub.resolve(
         args.model, hub=args.hub, revision=args.revision, download_dir=args.download_dir, on_progress=on_progress

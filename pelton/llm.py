@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
 from pelton.config import DEFAULT_MODEL, EngineArgs
-from pelton.door import BUILDER, ChatOptions, chat_prompt, engine_args, fetch, load_text, text_of
-from pelton.engine.host import Engine, OnProgress, load_builder
+from pelton.door import BUILDER, ChatOptions, args_from_keywords, chat_prompt, fetch, load_text, log_choices, text_of
+from pelton.engine.host import Engine, load_builder
 from pelton.engine.step import EngineRequest, Update
 from pelton.errors import EngineDeadError, RequestError
 from pelton.progress import ProgressBar
 from pelton.text.output import RequestAssembler
 from pelton.text.prompt import Prompts
 from pelton.text.tokenizer import Tokenizer
-from pelton.types import Prompt, RequestOutput, RequestOutputKind, SamplingParams
+from pelton.types import OnProgress, Prompt, RequestOutput, RequestOutputKind, SamplingParams
 from pelton.weights.files import open_model
 
 NO_LIMIT = 1 << 40  # a batch may be as long as memory allows: nobody else waits in its queue
@@ -39,10 +39,11 @@ class LLM:
     def __init__(self, model: str = DEFAULT_MODEL, tokenizer: str | None = None, **options: Any) -> None:
         """model: a name from the catalogue, a path, or a repository as org/name. tokenizer: the path of another one.
 
-        options: fields of EngineArgs (dtype, max_model_len, device, enforce_eager, seed, ...). Raises ConfigError for
-        options that are unknown or cannot work, ModelNotFoundError, ModelFormatError.
+        options: fields of EngineArgs (dtype, max_model_len, device, seed, ...); other arguments of vLLM's are taken
+        where they change no answer. What is decided is logged under "pelton". Raises ConfigError for options that are
+        unknown or cannot work, ModelNotFoundError, ModelFormatError.
         """
-        self._open(engine_args({"model": model, "tokenizer": tokenizer, **options}), None)
+        self._open(args_from_keywords({"model": model, "tokenizer": tokenizer, **options}), None)
 
     @classmethod
     def from_args(cls, args: EngineArgs, on_progress: OnProgress | None = None) -> LLM:
@@ -62,6 +63,7 @@ class LLM:
         args = fetch(replace(args, max_waiting=args.max_waiting or NO_LIMIT), on_progress)
         make_prompts = load_text(args, open_model(Path(args.model)))
         engine = load_builder(BUILDER)(args, on_progress or (lambda done, total: None))
+        log_choices(engine.info)
         self._join(engine, make_prompts(engine.info.max_model_len))
 
     def _join(self, engine: Engine, prompts: Prompts) -> None:

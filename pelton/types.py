@@ -31,6 +31,9 @@ class TokensPrompt(TypedDict):
 
 Prompt = str | list[int] | TextPrompt | TokensPrompt
 
+OnProgress = Callable[[int, int], None]
+"""Is called with (bytes done, bytes in all) while a model is fetched or loaded."""
+
 
 class RequestOutputKind(IntEnum):
     """What each RequestOutput of a stream holds: all so far, only what is new, or only the end."""

@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -112,6 +113,31 @@ def test_abort_ends_the_stream(tiny_model_path: Path) -> None:
             await llm.abort("nobody")
 
     run(test())
+
+
+def test_a_download_does_not_keep_the_program_from_ending(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived = threading.Event()
+
+    def fetch(args: EngineArgs, on_fetch: Callable[[int, int], None]) -> EngineArgs:
+        on_fetch(1, 2)
+        arrived.wait()
+        return args
+
+    async def test() -> None:
+        monkeypatch.setattr("pelton.async_llm.fetch", fetch)
+        seen = asyncio.Queue[tuple[int, int]]()
+        start = asyncio.create_task(AsyncLLM.start(
+            EngineArgs(model="x"), child=False, on_fetch=lambda *progress: seen.put_nowait(progress), builder=BUILDER
+        ))  # fmt: skip
+        assert await seen.get() == (1, 2)
+        start.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await start
+
+    run(test())  # ends, though the download does not
+    arrived.set()
 
 
 def test_what_cannot_be_done_is_refused(tiny_model_path: Path) -> None:

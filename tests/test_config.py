@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pelton.config import (
     GIB,
@@ -65,7 +67,8 @@ def test_context_that_the_memory_cannot_hold() -> None:
     small = {"kv_cache_memory_bytes": 21 * block_bytes}
     config = decide(small)
     assert config.model.max_model_len == 320  # 20 blocks of 16 tokens beside the null block
-    assert any("320 instead of 1024" in note for note in config.notes)
+    (warning,) = config.warnings
+    assert warning.startswith("max_model_len 320 instead of 1024: ")
     with pytest.raises(ConfigError, match="--max-model-len 320"):
         decide({**small, "max_model_len": 321})
     assert decide({**small, "max_model_len": 320}).cache.num_blocks == 21
@@ -126,6 +129,26 @@ def test_arguments_that_cannot_work(args: dict[str, Any]) -> None:
     name = next(iter(args))
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}"):
         EngineArgs(**args)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [{"max_logprobs": -2}, {"seed": "1"}, {"block_size": True}, {"enforce_eager": 1}, {"gpu_memory_utilization": "1"},
+     {"gpu_memory_utilization": float("nan")}, {"tensor_parallel_size": 0}, {"model": 3}, {"dtype": ["half"]}],
+)
+def test_arguments_of_the_wrong_type(args: dict[str, Any]) -> None:
+    test_arguments_that_cannot_work(args)
+
+
+def test_none_stands_for_the_default() -> None:
+    names = [field.name for field in fields(EngineArgs)]
+    assert EngineArgs(**dict.fromkeys(names)) == EngineArgs()
+
+
+def test_arguments_in_other_forms() -> None:
+    """A path, one served name, a dtype of torch."""
+    args = EngineArgs(Path("a/b"), served_model_name="name", dtype=torch.float16)  # type: ignore[arg-type]
+    assert (args.model, args.served_model_name, args.dtype) == ("a/b", ["name"], "float16")
 
 
 def test_no_seed_is_the_default_seed() -> None:

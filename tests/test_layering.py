@@ -17,7 +17,7 @@ LAYERS = [
     ["pelton.entrypoints", "pelton.__main__"],
     ["pelton.cli"],
     ["pelton.server"],
-    ["pelton.llm", "pelton.async_llm", "pelton.door", "pelton.progress"],
+    ["pelton.llm", "pelton.async_llm", "pelton.door", "pelton.vllm_options", "pelton.progress"],
     ["pelton.build"],
     ["pelton.text"],
     ["pelton.engine"],

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 from pelton import LLM, ConfigError, EngineDeadError, PromptTooLongError, RequestError, SamplingParams
+from pelton.config import EngineArgs
+from pelton.door import args_from_keywords, log_choices
+from pelton.engine.messages import EngineInfo
 from pelton.engine.step import StepPlan, StepResult
 from pelton.progress import ProgressBar
 
@@ -223,8 +226,37 @@ def test_options_are_checked(tiny_model_path: Path, caplog: pytest.LogCaptureFix
     with caplog.at_level("INFO"):
         llm = LLM(str(tiny_model_path), load_format="dummy", max_model_len=64, swap_space=4, num_threads=1)
     assert "swap_space has no effect" in caplog.text
+    assert any("dtype" in record.message for record in caplog.records if record.levelname == "INFO")
     assert llm.info.max_model_len == 64 and llm.get_tokenizer().encode("a") == llm.tokenizer.encode("a")
     assert llm.get_default_sampling_params() == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"enable_lora": True}, "LoRA is not in this version"), ({"kv_cache_dtype": "fp8"}, "use auto, or leave it out"),
+     ({"reasoning_parser": "qwen3"}, "reasoning_parser: parsing of reasoning"), ({"task": "embed"}, "task embed")],
+)
+def test_what_vllm_has_and_pelton_has_not_is_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        args_from_keywords(options)
+
+
+def test_vllms_defaults_are_taken_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    options = {"kv_cache_dtype": "auto", "pipeline_parallel_size": 1, "tokenizer_mode": "auto", "task": "generate",
+               "cpu_offload_gb": 0, "enable_lora": False, "reasoning_parser": None, "swap_space": None}
+    with caplog.at_level("DEBUG"):
+        assert args_from_keywords(options) == EngineArgs()
+    assert not caplog.records
+
+
+def test_what_a_person_has_to_know_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    info = EngineInfo(320, 320, "rms_norm cpu-generic", ("dtype float32",), ("max_model_len 320 instead of 1024",))
+    with caplog.at_level("DEBUG"):
+        log_choices(info)
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("DEBUG", "kernels: rms_norm cpu-generic"), ("INFO", "dtype float32"),
+        ("WARNING", "max_model_len 320 instead of 1024"),
+    ]  # fmt: skip
 
 
 def test_the_progress_bar_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:

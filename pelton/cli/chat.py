@@ -7,12 +7,12 @@ import contextlib
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pelton.cli.console import AnswerWriter, note
 from pelton.cli.flags import SAMPLING_FLAGS, add_engine_flags, add_flags, engine_args, sampling_fields
 from pelton.cli.parser import Parser
-from pelton.errors import PeltonError
+from pelton.errors import ConfigError, PeltonError
 from pelton.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     args, given = engine_args(options), sampling_fields(options)
     prompt = options.prompt
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip() or None
+        prompt = read_all(sys.stdin) or None
     from pelton.cli.loading import load
 
     llm = load(args)
@@ -49,6 +49,16 @@ def run(options: argparse.Namespace) -> int:
         return 0
     note(f"{args.model}. /help for help, Ctrl-D to leave.")
     return converse(conversation)
+
+
+def read_all(source: TextIO) -> str:
+    """What is piped in. ConfigError if it is not UTF-8."""
+    try:
+        text = source.read()
+        text.encode()  # where the locale is C, Python reads other bytes as halves of surrogate pairs
+    except UnicodeError as error:
+        raise ConfigError(f"stdin is no text in UTF-8 ({error}); convert it, for example with iconv") from error
+    return text.strip()
 
 
 def chat_params(llm: LLM, given: dict[str, Any]) -> SamplingParams:
@@ -116,6 +126,9 @@ def converse(conversation: Conversation) -> int:
             return 0
         except KeyboardInterrupt:
             print(file=sys.stderr)
+            continue
+        except UnicodeError as error:
+            note(f"That is no text in UTF-8 ({error}).")
             continue
         if line in ("/exit", "/quit", "/bye"):
             return 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 PIECES = re.compile(r"\n|[^\S\n]+|\S+")
@@ -70,3 +73,25 @@ def note(text: str) -> None:
     """A line beside the answer."""
     dim, reset = (DIM, RESET) if sys.stderr.isatty() else ("", "")
     print(f"{dim}{text}{reset}", file=sys.stderr)
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+@contextmanager
+def log_as_notes() -> Iterator[None]:
+    """Within, what pelton logs is shown as notes: from INFO on, or as --debug has set it."""
+    logger, handler = logging.getLogger("pelton"), _Notes()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    if level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.propagate = propagate
+        logger.removeHandler(handler)

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from pelton import door
+from pelton.cli.console import log_as_notes
 from pelton.config import EngineArgs
-from pelton.weights.hub import Progress as OnProgress
+from pelton.types import OnProgress
 
 if TYPE_CHECKING:
     from pelton.llm import LLM
 
 
+def fetching(args: EngineArgs) -> AbstractContextManager[OnProgress]:
+    """Shows how far the model has come, if it has to be fetched."""
+    return bar(f"fetching {args.model}", in_bytes=True)
+
+
 def fetch(args: EngineArgs) -> EngineArgs:
     """`args` with the model on this machine, served under the name it was asked for by."""
-    with bar(f"fetching {args.model}", in_bytes=True) as report:
+    with fetching(args) as report:
         return door.fetch(args, report)
 
 
 def load(args: EngineArgs) -> LLM:
     """A model ready to generate, in this process."""
     name, args = args.model, fetch(args)
-    with bar(f"loading {name}", at_once=True) as report:
+    with bar(f"loading {name}", at_once=True) as report, log_as_notes():
         from pelton.llm import LLM
 
         return LLM.from_args(args, on_progress=report)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -27,8 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    if debug:
+        logging.getLogger("pelton").setLevel(logging.DEBUG)
     try:
-        return _run([argument for argument in arguments if argument != "--debug"])
+        code = _run([argument for argument in arguments if argument != "--debug"])
+        sys.stdout.flush()  # what fails here would else fail at exit, where nobody can tell
+        return code
     except PeltonError as error:
         if debug:
             raise
@@ -40,8 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as in `pelton run ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return EXIT_BROKEN_PIPE
+    except OSError as error:  # of this machine: a full disk, no more open files
+        if debug:
+            raise
+        _drop_output()
+        print(f"pelton: error: {error}; --debug shows where", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _drop_output() -> None:
+    """What is still to be written to stdout cannot be; keep Python from trying it again at exit."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> int:
@@ -66,7 +84,7 @@ def _no_command(command: str) -> NoReturn:
         print("usage: pelton COMMAND ...\n\nAn LLM inference and serving engine.\n\ncommands:")
         for name, help_text in COMMANDS.items():
             print(f"  {name:8} {help_text}")
-        print("\noptions:\n  --help, --version\n  --debug  show the traceback of an error\n")
+        print("\noptions:\n  --help, --version\n  --debug  show more, and the traceback of an error\n")
         print('Try: pelton chat "Why is the sky blue?"    More: pelton COMMAND --help')
         raise SystemExit(0)
     raise ConfigError(f"there is no command {command}{did_you_mean(command, COMMANDS)}; see pelton --help")

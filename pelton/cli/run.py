@@ -57,8 +57,10 @@ def run(options: argparse.Namespace) -> int:
         params = [llm.get_default_sampling_params().clone(**given | job.fields) for job in jobs]
         if streams:
             stream_one(llm, jobs[0], params[0])
-        else:
-            for job, output in zip(jobs, complete(llm, jobs, params), strict=True):
+            return 0
+        outputs = complete(llm, jobs, params)
+        with writing_to(options.output):
+            for job, output in zip(jobs, outputs, strict=True):
                 print(json.dumps(record(job, output), ensure_ascii=False), file=out)
     return 0
 
@@ -110,12 +112,24 @@ def opened(name: str | None) -> Iterator[TextIO]:
     if name is None:
         yield sys.stdout
         return
-    try:
+    with writing_to(name):
         file = Path(name).open("w", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise ConfigError(f"cannot write {name}: {error.strerror}; choose another --output") from error
-    with file:
+    try:
         yield file
+    finally:
+        with writing_to(name):
+            file.close()
+
+
+@contextmanager
+def writing_to(name: str | None) -> Iterator[None]:
+    """ConfigError where --output cannot be opened, written or closed."""
+    try:
+        yield
+    except OSError as error:
+        if name is None:
+            raise
+        raise ConfigError(f"cannot write {name}: {error.strerror}; choose another --output") from error
 
 
 def complete(llm: LLM, jobs: Sequence[Job], params: Sequence[SamplingParams]) -> list[RequestOutput]:

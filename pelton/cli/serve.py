@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pelton.cli.flags import add_engine_flags, add_flags, engine_args, given_fields
 from pelton.cli.parser import Parser
-from pelton.config import Environment
+from pelton.config import EngineArgs, Environment
 from pelton.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from pelton.async_llm import AsyncLLM
 
 SERVER_FLAGS = {
     "host": "address to listen on; 0.0.0.0 lets other machines in",
@@ -63,12 +66,19 @@ def settings(options: argparse.Namespace) -> ServerSettings:
 def run(options: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     args, server_settings = engine_args(options), settings(options)
-    from pelton.cli.loading import fetch
     from pelton.server.run import run_server
 
-    fetch(args)  # with a progress bar; the server then finds it
-    run_server(args, server_settings)
+    run_server(args, server_settings, start)
     return 0
+
+
+async def start(args: EngineArgs) -> AsyncLLM:
+    """The engine in a supervised child process; this process never loads torch."""
+    from pelton.async_llm import AsyncLLM
+    from pelton.cli.loading import fetching
+
+    with fetching(args) as report:
+        return await AsyncLLM.start(args, child=True, on_fetch=report)
 
 
 def _json_list(text: str) -> tuple[str, ...]:

@@ -20,11 +20,12 @@ from enum import Enum
 from queue import SimpleQueue
 
 from pelton.config import EngineArgs
-from pelton.engine.host import OnProgress, host
+from pelton.engine.host import host
 from pelton.engine.messages import Abort, Close, Command, EngineInfo, Message, Progress, Ready, Report, Start
 from pelton.engine.scheduler import SchedulerStats
 from pelton.engine.step import EngineRequest, Update
 from pelton.errors import EngineDeadError, OverloadedError, PeltonError
+from pelton.types import OnProgress
 
 logger = logging.getLogger(__name__)
 
@@ -156,11 +157,12 @@ class ThreadClient(EngineClient):
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._ended = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="pelton-engine", daemon=True)
 
     async def start(self, args: EngineArgs, on_progress: OnProgress | None = None) -> None:
         self._on_progress = on_progress
         self._send(Start(args))
-        threading.Thread(target=self._run, name="pelton-engine", daemon=True).start()
+        self._thread.start()
         self.info = await self._started
         self.state = State.READY
 
@@ -207,5 +209,6 @@ class ThreadClient(EngineClient):
         self._send(Close())
         if self._started.done():
             await self._ended.wait()
+            self._thread.join()  # its last act was to say that it ends
         else:  # it still loads, and will see Close afterwards
             self._started.cancel()

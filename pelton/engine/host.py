@@ -30,13 +30,11 @@ from pelton.engine.messages import (
 )
 from pelton.engine.step import EngineRequest
 from pelton.errors import EngineDeadError, OverloadedError, PeltonError, RequestError
+from pelton.types import OnProgress
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
-
-OnProgress = Callable[[int, int], None]
-"""`(bytes done, bytes in all)`"""
 
 
 @dataclass(frozen=True, slots=True)

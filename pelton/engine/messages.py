@@ -21,11 +21,10 @@ class EngineInfo:
     """What a door needs to know of an engine."""
 
     max_model_len: int  # tokens, prompt and completion together
-    dtype: str
-    device: str  # its name, as a person knows it
-    block_size: int  # tokens in a KV block
     num_kv_tokens: int  # tokens whose keys and values fit the cache, at the least
+    kernels: str = ""  # which op is served by which kernel
     notes: tuple[str, ...] = ()  # one line for each choice a person may wonder about
+    warnings: tuple[str, ...] = ()  # what is less than the model or the person may expect
 
 
 @dataclass(frozen=True, slots=True)

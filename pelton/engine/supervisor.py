@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 from pelton.config import EngineArgs
 from pelton.engine.client import EngineClient, State
-from pelton.engine.host import OnProgress
 from pelton.engine.messages import Command, EngineInfo, Failed, Message, Progress, Report, Start
 from pelton.engine.wire import FrameParser, encode
 from pelton.errors import EngineDeadError, PeltonError
+from pelton.types import OnProgress
 
 logger = logging.getLogger(__name__)
 

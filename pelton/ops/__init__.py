@@ -22,7 +22,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of an op: `run` has the op's signature, `accepts` says for which arguments it may run."""
+    """One implementation of an op: `run` has the op's signature, `accepts` says for which arguments it may run.
+
+    The name begins with the device it is for: "cpu-avx512".
+    """
 
     name: str
     run: Callable[..., Any]
@@ -59,9 +62,12 @@ def op(reference: Callable[P, Result]) -> Op[P, Result]:
     return declared
 
 
-def describe() -> str:
-    """Which kernel serves which op, in one line; printed once at start."""
-    return ", ".join(f"{o.name}: {'/'.join([k.name for k in o.kernels] + ['reference'])}" for o in OPS.values())
+def describe(device: str) -> str:
+    """Which ops have which kernels on "cpu" or "cuda", in one line; "" if none has."""
+    served = {o.name: [k.name for k in o.kernels if k.name.partition("-")[0] == device] for o in OPS.values()}
+    plain = [name for name, kernels in served.items() if not kernels]
+    parts = [f"{name} {'/'.join(kernels)}" for name, kernels in served.items() if kernels]
+    return ", ".join([*parts, *([f"{' '.join(plain)} in plain torch"] if plain else [])]) if parts else ""
 
 
 @op

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 native: ModuleType | None = None
@@ -11,11 +12,11 @@ reason: str = ""
 """Why `native` is None; one line for a person."""
 
 try:
-    from pelton import _cpu
-
-    native = _cpu
-except ImportError as error:
+    native = import_module("pelton._cpu")
+except ModuleNotFoundError:
     reason = (
-        "pelton was installed without a C++ compiler, or runs from its source folder; install a compiler and run "
-        f"'pip install --force-reinstall --no-deps .' for the fast CPU kernels ({error})"
+        "the fast CPU kernels are missing: pelton was installed without a C++ compiler, or runs from its source "
+        "folder; with a compiler, 'pip install --force-reinstall --no-deps .' builds them"
     )
+except ImportError as error:
+    reason = f"the fast CPU kernels do not load ({error}); 'pip install --force-reinstall --no-deps .' builds them anew"

@@ -41,6 +41,10 @@ class InfoView(Protocol):
 
     @property
     def max_model_len(self) -> int: ...
+    @property
+    def num_kv_tokens(self) -> int: ...
+    @property
+    def kernels(self) -> str: ...
 
 
 class StatsView(Protocol):

@@ -30,23 +30,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CLOSE_S = 5  # after the drain, the time for the last bytes to leave
 
 
-def run_server(args: EngineArgs, settings: ServerSettings) -> None:
-    """Serve until SIGTERM or Ctrl-C. PeltonError if the port is taken, the model cannot be served, or the engine
-    dies for good."""
+def run_server(args: EngineArgs, settings: ServerSettings, start: Start) -> None:
+    """Serve the engine that `start` makes until SIGTERM or Ctrl-C.
+
+    PeltonError if the port is taken, the model cannot be served, or the engine dies for good.
+    """
     level = logging.getLevelNamesMapping().get(Environment.read().log_level, logging.INFO)
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    asyncio.run(serve(args, settings))
+    asyncio.run(serve(args, settings, start))
 
 
-async def start_engine(args: EngineArgs) -> Backend:
-    """The engine in a supervised child process; this process never loads torch."""
-    from pelton.async_llm import AsyncLLM
-
-    return await AsyncLLM.start(args, child=True)
-
-
-async def serve(args: EngineArgs, settings: ServerSettings, start: Start = start_engine) -> None:
-    """As run_server, in an event loop. `start` makes the engine."""
+async def serve(args: EngineArgs, settings: ServerSettings, start: Start) -> None:
+    """As run_server, in an event loop."""
     begun = time.monotonic()
     settings = replace(settings, limits=replace(settings.limits, num_logprobs=args.max_logprobs))
     listener = bind(settings)
@@ -132,8 +127,8 @@ def url_of(settings: ServerSettings, listener: socket.socket) -> str:
 
 def _print_ready(service: Service, settings: ServerSettings, listener: socket.socket, seconds: float) -> None:
     llm, limits = service.backend(), settings.limits
-    for note in getattr(llm.info, "notes", ()):
-        print(f"pelton: {note}", flush=True)
+    print(f"pelton: kernels: {llm.info.kernels}", flush=True)
+    print(f"pelton: context of {llm.info.max_model_len:,} tokens, KV cache of {llm.info.num_kv_tokens:,}", flush=True)
     keys = "an API key is required" if settings.api_keys else "no API key is required (--api-key sets one)"
     if settings.host in ("127.0.0.1", "::1", "localhost"):
         keys += "; only this machine may connect (--host 0.0.0.0 opens it to others)"

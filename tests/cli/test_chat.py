@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from typing import Any
 
 import pytest
@@ -48,6 +49,27 @@ def test_prompt_from_stdin(fake_llm: Any, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n"))
     assert main(["chat", "--model", "m.gguf"]) == 0
     assert fake_llm.seen[0][0][-1]["content"] == "Why?"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_what_is_piped_in_must_be_text(
+    fake_llm: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], errors: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8", errors=errors))
+    assert main(["chat", "--model", "m.gguf"]) == 2
+    assert capsys.readouterr().err.startswith("pelton: error: stdin is no text in UTF-8")
+    assert fake_llm.args is None
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_what_was_decided_is_noted(fake_llm: Any, capsys: pytest.CaptureFixture[str], debug: bool) -> None:
+    try:
+        assert main(["chat", "Why?", "--model", "m.gguf", *(["--debug"] if debug else [])]) == 0
+    finally:
+        logging.getLogger("pelton").setLevel(logging.NOTSET)
+    lines = capsys.readouterr().err.splitlines()
+    assert ("kernels: none" in lines) is debug
+    assert lines[-3:-1] == ["dtype float32", "max_model_len 320 instead of 1024"]
 
 
 def test_conversation(fake_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pelton.cli import flags, ignored, serve
+from pelton import vllm_options
+from pelton.cli import flags, serve
 from pelton.cli.parser import Parser
 from pelton.config import DEFAULT_MODEL, EngineArgs
 from pelton.errors import ConfigError
@@ -63,8 +64,24 @@ def test_flags_without_effect_say_so(capsys: pytest.CaptureFixture[str]) -> None
     assert flags.engine_args(options) == EngineArgs()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["--swap-space", "--disable-log-stats"]
-    real = {f"--{name.replace('_', '-')}" for name in flags.ENGINE_FLAGS}
-    assert not real & (ignored.SWITCHES.keys() | ignored.VALUES.keys() | ignored.ONLY.keys())
+    tables = (vllm_options.SWITCHES, vllm_options.VALUES, vllm_options.ONLY, vllm_options.NOT_YET)
+    names = [name for table in tables for name in table]
+    assert len(names) == len(set(names)) and not set(names) & flags.ENGINE_FLAGS.keys()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--enable-auto-tool-choice"], "--enable-auto-tool-choice: parsing of tool calls is not in this version"),
+        (["--reasoning_parser", "deepseek_r1"], "--reasoning-parser: parsing of reasoning"),
+        (["--lora-modules", "a=b", "c=d"], "--lora-modules: LoRA"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8 is not in this version; use auto"),
+        (["--chat-template-content-format", "openai"], "--chat-template-content-format openai"),
+    ],
+)
+def test_what_vllm_has_and_pelton_has_not_is_refused(argv: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse("m", *argv)
 
 
 def test_flags_are_not_abbreviated() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +61,26 @@ def test_errors_are_one_line_and_exit_code_2(
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(ModelNotFoundError):
         run("pull", "smollm", "--debug")
+    logging.getLogger("pelton").setLevel(logging.NOTSET)
+
+
+def test_a_taken_port_is_noticed_before_anything_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pelton.async_llm.AsyncLLM.start", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert run("serve", "--port", str(taken.getsockname()[1])) == 2
+    assert capsys.readouterr().err.startswith("pelton: error: cannot listen on 127.0.0.1:")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_under_stdout() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "pelton", "pull", __file__], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr == "pelton: error: [Errno 28] No space left on device; --debug shows where\n"
 
 
 def test_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,14 @@ def test_bad_input(
     assert says in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk(fake_llm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "m.gguf", "--prompt", "x", "--output", "/dev/full"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "pelton: error: cannot write /dev/full: No space left on device; choose another --output"
+    )
+
+
 def test_output_is_opened_before_the_work(fake_llm: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "m.gguf", "--prompt", "x", "--output", "missing/out.jsonl"]) == 2
     assert "cannot write missing/out.jsonl" in capsys.readouterr().err

@@ -15,11 +15,12 @@ from pathlib import Path
 from pelton.config import CacheConfig, EngineArgs, KVGroup, SchedulerConfig
 from pelton.engine.core import EngineCore
 from pelton.engine.fake import FakeRunner
-from pelton.engine.host import Engine, OnProgress
+from pelton.engine.host import Engine
 from pelton.engine.messages import EngineInfo
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import StepPlan, StepResult
 from pelton.errors import ModelFormatError
+from pelton.types import OnProgress
 
 HANG, CRASH, FAIL = 101, 102, 103  # a step that lasts; an engine that fails; a request that fails
 
@@ -58,5 +59,5 @@ def build(args: EngineArgs, on_progress: OnProgress) -> Engine:
     )  # fmt: skip
     runner = Runner(cache, vocab_size=100)
     runner.step_s = 0.01 if kind == "slow" else 0.0
-    info = EngineInfo(512, "float32", "no device", 16, 16384, ("a note",))
+    info = EngineInfo(512, 16384, "no kernels", ("a note",), ("a warning",))
     return Engine(EngineCore(Scheduler(limits, cache), runner), info)

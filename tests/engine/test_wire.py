@@ -38,7 +38,7 @@ STATS = SchedulerStats(1, 2, 0.25, 4, 5, 6, 7, (1, 2))
 UPDATE = Update(7, [4], [TokenLogprobs([4, 5], [-0.5, -1.0], [1, 2])], [None, TokenLogprobs([1], [-2.0], [3])], "stop")
 MESSAGES = [
     Start(EngineArgs(model="m", served_model_name=["a", "b"])), REQUEST, Abort(3), Close(), Progress(1, 2),
-    Ready(EngineInfo(512, "float32", "cpu", 16, 100, ("a", "b"))), Report(STATS, [UPDATE, Update(8)]),
+    Ready(EngineInfo(512, 100, "k", ("a", "b"), ("c",))), Report(STATS, [UPDATE, Update(8)]),
 ]  # fmt: skip
 
 

@@ -92,3 +92,12 @@ def test_paged_attention_against_a_loop(window: int | None, softcap: float | Non
                 weights = torch.softmax(torch.tensor(scores), dim=0)
                 expected = sum(w * kv[1, head // 2] for w, kv in zip(weights, keys, strict=True))
                 torch.testing.assert_close(got[t, head], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:
+    rms_norm, rope_ = ops.Op(ops.rms_norm.reference), ops.Op(ops.rope_.reference)
+    monkeypatch.setattr(ops, "OPS", {"rms_norm": rms_norm, "rope_": rope_})
+    assert ops.describe("cpu") == ""
+    rms_norm.register("cpu-avx2", rms_norm.reference, lambda *args: False)
+    assert ops.describe("cpu") == "rms_norm cpu-avx2, rope_ in plain torch"
+    assert ops.describe("cuda") == ""

@@ -92,7 +92,7 @@ class FakeLLM:
     def __post_init__(self) -> None:
         self.tokenizer = FakeTokenizer()
         self.prompts = FakePrompts(self.tokenizer)
-        self.info = SimpleNamespace(max_model_len=MAX_MODEL_LEN, notes=("dtype float32: a fake has no other",))
+        self.info = SimpleNamespace(max_model_len=MAX_MODEL_LEN, num_kv_tokens=1024, kernels="none")
         self.aborted: list[str] = []
         self.seen: list[tuple[str | None, SamplingParams, int, str]] = []
         self.num_running = 0
