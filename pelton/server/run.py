@@ -128,7 +128,7 @@ def url_of(settings: ServerSettings, listener: socket.socket) -> str:
 def _print_ready(service: Service, settings: ServerSettings, listener: socket.socket, seconds: float) -> None:
     llm, limits = service.backend(), settings.limits
     print(f"pelton: kernels: {llm.info.kernels}", flush=True)
-    print(f"pelton: context of {llm.info.max_model_len:,} tokens, KV cache of {llm.info.num_kv_tokens:,}", flush=True)
+    print(f"pelton: context of {llm.info.max_model_len:,} tokens, KV cache for {llm.info.num_kv_tokens:,}", flush=True)
     keys = "an API key is required" if settings.api_keys else "no API key is required (--api-key sets one)"
     if settings.host in ("127.0.0.1", "::1", "localhost"):
         keys += "; only this machine may connect (--host 0.0.0.0 opens it to others)"
