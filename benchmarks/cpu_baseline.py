@@ -24,10 +24,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from pelton import LLM, SamplingParams
-from pelton.runner.device import probe_device
 
 REPEATS = 5
 
@@ -38,7 +35,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    result = {"model": args.model, "machine": machine(), **engine_figures(args.model, args.dtype)}
+    figures = engine_figures(args.model, args.dtype)  # first, so that pelton is who loads torch
+    result: dict[str, object] = {"model": args.model, "machine": machine(), **figures}
     result["ready_s"] = median(lambda: serve_ready(args.model))
     result["import_s"] = median(import_time)
     text = json.dumps(result, indent=2)
@@ -49,6 +47,10 @@ def main() -> None:
 
 
 def machine() -> dict[str, object]:
+    import torch
+
+    from pelton.runner.device import probe_device
+
     device = probe_device("cpu")
     return {"cpu": device.name, "cores": device.num_cores, "memory_gib": round(device.free_bytes / 2**30, 1),
             "python": platform.python_version(), "torch": torch.__version__, "system": platform.platform()}

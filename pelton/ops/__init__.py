@@ -85,14 +85,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def silu_and_mul(x: Tensor) -> Tensor:
     """silu(gate) * up for x = [gate | up]: [T, 2K] -> [T, K] (Shazeer, arXiv:2002.05202)."""
     gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 @op
 def gelu_tanh_and_mul(x: Tensor) -> Tensor:
     """gelu(gate) * up with gelu's tanh approximation, for x = [gate | up]: [T, 2K] -> [T, K]."""
     gate, up = x.chunk(2, dim=-1)
-    return F.gelu(gate, approximate="tanh") * up
+    return F.gelu(gate, approximate="tanh").mul_(up)
 
 
 @op
@@ -150,14 +150,17 @@ def _attend(
 ) -> Tensor:
     """Attention of one request: query [T, H, D] at positions start.., key and value [C, G, D] at positions 0..C-1."""
     num_queries, num_keys = query.shape[0], key.shape[0]
-    mask = None
-    if num_queries > 1 or window is not None:
+    mask, sees_all = None, window is None or num_keys <= window
+    is_causal = start == 0 and sees_all and softcap is None  # torch then skips what is masked
+    if not is_causal and (num_queries > 1 or not sees_all):
         distance = torch.arange(start, start + num_queries, device=query.device)[:, None]
         distance = distance - torch.arange(num_keys, device=query.device)  # [T, C]: how far back a key lies
         mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     query, key, value = (t.transpose(0, 1)[None] for t in (query, key.to(query.dtype), value.to(query.dtype)))
     if softcap is None:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=True
+        )
     else:
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
         scores = softcap * torch.tanh((query.float() @ key.float().transpose(-1, -2)) * (scale / softcap))
