@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from pelton.config import KVLayer
 from pelton.errors import ModelFormatError
 from pelton.layers.batch import Batch
+from pelton.layers.vocab import LMHead
 from pelton.weights.checkpoint import Checkpoint
 from pelton.weights.fields import Fields, shorten
 
@@ -26,22 +28,38 @@ ARCHITECTURES = {
 }
 
 
-class Model(Protocol):
+class Model(ABC):
     """A decoder: tokens in, hidden states out, logits of the states that are asked for."""
+
+    lm_head: LMHead
+
+    @abstractmethod
+    def __init__(self, ckpt: Checkpoint, config: Any) -> None:
+        """Build every layer from the checkpoint, as `config`, a result of parse(), says."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, config: Mapping[str, Any]) -> Any:
+        """The network that a config.json describes: a record of the model's own. Its `attention` holds an
+        AttentionShape for each layer."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Tensor:
+        """The last hidden states [T, d_model], normalised."""
 
     @classmethod
     def kv_layers(cls, config: Mapping[str, Any]) -> list[KVLayer]:
         """What each attention layer keeps in the KV cache."""
+        return [shape.kv_layer for shape in cls.parse(config).attention]
 
     @classmethod
     def load(cls, ckpt: Checkpoint) -> Model:
         """Build the model from its checkpoint; ModelFormatError names what is missing or misshapen."""
-
-    def forward(self, batch: Batch) -> Tensor:
-        """The last hidden states [T, d_model], normalised."""
+        return cls(ckpt, cls.parse(ckpt.config))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[M, d_model] -> [M, V] float32."""
+        return self.lm_head(hidden)
 
 
 def find_model(config: Mapping[str, Any]) -> type[Model]:

@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pelton.config import KVLayer
 from pelton.layers.attention import GLOBAL, LOCAL, Attention, AttentionShape
 from pelton.layers.batch import Batch
 from pelton.layers.mlp import GatedMLP
 from pelton.layers.norm import RMSNorm
 from pelton.layers.rope import Angles, Rope
 from pelton.layers.vocab import Embedding, LMHead
+from pelton.models import Model
 from pelton.weights.checkpoint import Checkpoint
 from pelton.weights.fields import Fields
 
@@ -99,7 +99,7 @@ class Block:
         return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
 
 
-class Gemma2:
+class Gemma2(Model):
     """The whole decoder."""
 
     def __init__(self, ckpt: Checkpoint, config: GemmaConfig) -> None:
@@ -116,16 +116,6 @@ class Gemma2:
         return GemmaConfig.parse(config, qk_norm=False, global_every=2)
 
     @classmethod
-    def kv_layers(cls, config: Mapping[str, Any]) -> list[KVLayer]:
-        """What each attention layer keeps in the KV cache."""
-        return [shape.kv_layer for shape in cls.parse(config).attention]
-
-    @classmethod
-    def load(cls, ckpt: Checkpoint) -> Gemma2:
-        """Build the model from its checkpoint."""
-        return cls(ckpt, cls.parse(ckpt.config))
-
-    @classmethod
     def load_ropes(cls, ckpt: Checkpoint, head_size: int) -> tuple[Rope, Rope]:
         """The rotary embeddings of global and local layers."""
         rope = Rope.parse(ckpt.config, head_size, ckpt.device)
@@ -138,10 +128,6 @@ class Gemma2:
         for block in self.blocks:
             x = block(x, local_angles if block.is_local else global_angles, batch)
         return self.norm(x)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[M, d_model] -> [M, V] float32."""
-        return self.lm_head(hidden)
 
 
 class Gemma3(Gemma2):

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pelton.config import KVLayer
 from pelton.layers.attention import Attention, AttentionShape
 from pelton.layers.batch import Batch
 from pelton.layers.mlp import GatedMLP
 from pelton.layers.norm import RMSNorm
 from pelton.layers.rope import Angles, Rope
 from pelton.layers.vocab import Embedding, LMHead
+from pelton.models import Model
 from pelton.weights.checkpoint import Checkpoint
 from pelton.weights.fields import Fields
 
@@ -96,7 +96,7 @@ class Block:
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Llama:
+class Llama(Model):
     """The whole decoder."""
 
     def __init__(self, ckpt: Checkpoint, config: LlamaConfig) -> None:
@@ -112,16 +112,6 @@ class Llama:
         """The network that a config.json describes; the one method a relative of Llama overrides."""
         return LlamaConfig.parse(config)
 
-    @classmethod
-    def kv_layers(cls, config: Mapping[str, Any]) -> list[KVLayer]:
-        """What each attention layer keeps in the KV cache."""
-        return [shape.kv_layer for shape in cls.parse(config).attention]
-
-    @classmethod
-    def load(cls, ckpt: Checkpoint) -> Llama:
-        """Build the model from its checkpoint."""
-        return cls(ckpt, cls.parse(ckpt.config))
-
     def forward(self, batch: Batch) -> Tensor:
         """The last hidden states [T, d_model], normalised."""
         x = self.embed(batch.token_ids)
@@ -129,10 +119,6 @@ class Llama:
         for block in self.blocks:
             x = block(x, angles, batch)
         return self.norm(x)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[M, d_model] -> [M, V] float32."""
-        return self.lm_head(hidden)
 
 
 class Mistral(Llama):
