@@ -18,7 +18,8 @@ PERCENTILES = (50, 90, 99)
 
 def add_arguments(parser: Parser) -> None:
     """Which measurement, then its own arguments."""
-    parser.add_argument("kind", metavar="{latency,throughput,serve}", help="pelton bench KIND --help tells more")
+    parser.add_argument("kind", metavar="{latency,throughput,serve}", nargs="?", default="",
+                        help="pelton bench KIND --help tells more")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
 
@@ -26,7 +27,8 @@ def run(options: argparse.Namespace) -> int:
     """Measure and show."""
     kind = options.kind
     if kind not in KINDS:
-        raise ConfigError(f"there is no bench {kind}{did_you_mean(kind, KINDS)}; choose {', '.join(KINDS)}")
+        what = f"there is no bench {kind}{did_you_mean(kind, KINDS)}" if kind else "what is to be measured?"
+        raise ConfigError(f"{what}; choose {', '.join(KINDS)}")
     parser = Parser(prog=f"pelton bench {kind}", description=f"Measure {kind}.")
     _add_common(parser)
     if kind == "serve":

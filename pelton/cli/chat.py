@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -14,6 +15,7 @@ from pelton.cli.flags import SAMPLING_FLAGS, add_engine_flags, add_flags, engine
 from pelton.cli.parser import Parser
 from pelton.errors import ConfigError, PeltonError
 from pelton.types import SamplingParams
+from pelton.weights.hub import CATALOGUE
 
 if TYPE_CHECKING:
     from pelton.llm import LLM
@@ -28,16 +30,26 @@ Ctrl-C stops an answer. Several lines: end each but the last with a backslash.""
 
 def add_arguments(parser: Parser) -> None:
     """PROMPT, the model, how to sample."""
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to say; without it, a conversation starts")
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to say; without it, a conversation starts")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
-    add_flags(parser, "sampling", SamplingParams, SAMPLING_FLAGS)
+    flags = {**SAMPLING_FLAGS, "max_tokens": "most tokens of an answer [as many as the context holds]"}
+    add_flags(parser, "sampling", SamplingParams, flags)
     add_engine_flags(parser, skip=("seed",), positional=False)
+
+
+def parse_prompt(words: Sequence[str]) -> str | None:
+    """The one PROMPT that was typed. ConfigError for several, or for the name of a model (serve and run take one)."""
+    if words and words[0] in CATALOGUE:
+        raise ConfigError(f"{words[0]} is a model; to talk to it use pelton chat --model {words[0]}")
+    if len(words) > 1:
+        raise ConfigError('put the prompt in quotes: pelton chat "..."; a model is chosen with --model NAME')
+    return words[0] if words else None
 
 
 def run(options: argparse.Namespace) -> int:
     """One answer or a conversation."""
     args, given = engine_args(options), sampling_fields(options)
-    prompt = options.prompt
+    prompt = parse_prompt(options.prompt)
     if prompt is None and not sys.stdin.isatty():
         prompt = read_all(sys.stdin) or None
     from pelton.cli.loading import load

@@ -125,13 +125,14 @@ async def outputs(service: Service, generation: Generation) -> AsyncGenerator[tu
 
     Raises RequestFailedError if the engine ended a prompt with an error, TimeoutError after the time allowed.
     """
-    started, ending = time.monotonic(), "given up"
+    started, ending, num_tokens = time.monotonic(), "given up", 0
     try:
         with service.active():
             async with asyncio.timeout(service.settings.limits.request_s), aclosing(
                 merge([_one_prompt(service, generation, index) for index in range(len(generation.prompts))])
             ) as stream:
                 async for index, output in stream:
+                    num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
                     yield index, output
         ending = "finished"
     except Exception as error:
@@ -139,9 +140,9 @@ async def outputs(service: Service, generation: Generation) -> AsyncGenerator[tu
         raise
     finally:
         if service.settings.log_requests:
-            prompt_tokens = sum(len(prompt.token_ids) for prompt in generation.prompts)
-            logger.info("%s: %d prompts, %d tokens, %s after %.2f s", generation.id, len(generation.prompts),
-                        prompt_tokens, ending, time.monotonic() - started)
+            num_prompt = sum(len(prompt.token_ids) for prompt in generation.prompts)
+            logger.info("%s: %d prompt tokens, %d generated, %s after %.2f s", generation.id, num_prompt, num_tokens,
+                        ending, time.monotonic() - started)
 
 
 async def _one_prompt(

@@ -129,16 +129,21 @@ def _no_such_name(name: str) -> str:
 # --- the catalogue ------------------------------------------------------------------------------------------------
 
 
+def _is_whole(path: Path, model: CatalogueModel) -> bool:
+    """Whether the model is there. Its hash was checked when it was put there; its size tells what came to it since."""
+    return path.exists() and path.stat().st_size == model.num_bytes
+
+
 def _from_catalogue(name: str, cache_dir: str | None, on_progress: OnProgress | None) -> Path:
     model = CATALOGUE[name]
     folder = Path(cache_dir or "~/.cache/pelton").expanduser() / "models" / name
     path = folder / model.file_name
-    if path.exists():  # it is put there whole and checked
+    if _is_whole(path, model):
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock"):
-            if not path.exists():
+            if not _is_whole(path, model):
                 _fetch_model(name, model, path, configured_indexes(Environment.read()), on_progress)
     except TransferError as error:
         raise ModelNotFoundError(f"cannot fetch {name}: {error}; try again, what has arrived is kept") from error

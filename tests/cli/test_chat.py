@@ -45,6 +45,15 @@ def test_one_answer(fake_llm: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert (params.temperature, params.max_tokens, params.top_p) == (0, 9, chat.CHAT_SAMPLING["top_p"])
 
 
+@pytest.mark.parametrize(
+    ("words", "hint"), [(["Why", "is", "it"], "in quotes"), (["gemma-3-270m"], "--model gemma-3-270m"),
+                        (["gemma-3-270m", "Why?"], "--model gemma-3-270m")],
+)
+def test_what_is_not_one_prompt(words: list[str], hint: str, fake_llm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", *words]) == 2
+    assert hint in capsys.readouterr().err
+
+
 def test_prompt_from_stdin(fake_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n"))
     assert main(["chat", "--model", "m.gguf"]) == 0

@@ -136,6 +136,13 @@ def test_catalogue_model_is_joined_checked_and_kept(site: Site, tiny: str, style
     assert not site.requests
 
 
+def test_a_kept_model_that_was_cut_short_is_fetched_again(site: Site, tiny: str) -> None:
+    publish(site)
+    path = hub.resolve(tiny)
+    path.write_bytes(CONTENT[:1000])
+    assert hub.resolve(tiny).read_bytes() == CONTENT
+
+
 def test_a_cut_download_is_continued(site: Site, tiny: str) -> None:
     publish(site)
     site.cut_after = 100_000
