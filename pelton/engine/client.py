@@ -21,7 +21,7 @@ from queue import SimpleQueue
 
 from pelton.config import EngineArgs
 from pelton.engine.host import host
-from pelton.engine.messages import Abort, Close, Command, EngineInfo, Message, Progress, Ready, Report, Start
+from pelton.engine.messages import Abort, Close, Command, EngineInfo, Failed, Message, Progress, Ready, Report, Start
 from pelton.engine.scheduler import SchedulerStats
 from pelton.engine.step import EngineRequest, Update
 from pelton.errors import EngineDeadError, OverloadedError, PeltonError
@@ -126,6 +126,20 @@ class EngineClient(ABC):
         if self._on_progress is not None:
             self._on_progress(progress.done, progress.total)
 
+    @abstractmethod
+    def _on_start(self, message: Ready | Failed) -> None:
+        """The engine has been built, or could not be."""
+
+    def _on_message(self, message: Message) -> None:
+        """Take what the engine says; whatever it is, it shows that the engine's loop turns."""
+        self._last_beat = time.monotonic()
+        if isinstance(message, Report):
+            self._receive(message)
+        elif isinstance(message, Progress):
+            self._show(message)
+        else:
+            self._on_start(message)
+
     def _receive(self, report: Report) -> None:
         """Deliver what the engine reports."""
         self._stats = report.stats
@@ -181,18 +195,14 @@ class ThreadClient(EngineClient):
         with contextlib.suppress(RuntimeError):  # the loop was closed without close(): nobody listens any more
             self._loop.call_soon_threadsafe(function, argument)
 
-    def _on_message(self, message: Message) -> None:
-        self._last_beat = time.monotonic()
-        if isinstance(message, Report):
-            self._receive(message)
-        elif isinstance(message, Progress):
-            self._show(message)
-        elif not self._started.done():  # else close() did not wait for it
-            if isinstance(message, Ready):
-                self._started.set_result(message.info)
-            else:
-                self.state, self._why = State.DEAD, str(message.error)
-                self._started.set_exception(message.error)
+    def _on_start(self, message: Ready | Failed) -> None:
+        if self._started.done():  # close() did not wait for it
+            return
+        if isinstance(message, Ready):
+            self._started.set_result(message.info)
+        else:
+            self.state, self._why = State.DEAD, str(message.error)
+            self._started.set_exception(message.error)
 
     def _on_end(self, why: str) -> None:
         if self.state not in (State.CLOSED, State.DEAD):

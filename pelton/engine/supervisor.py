@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from pelton.config import EngineArgs
 from pelton.engine.client import EngineClient, State
-from pelton.engine.messages import Command, EngineInfo, Failed, Message, Progress, Report, Start
+from pelton.engine.messages import Command, EngineInfo, Failed, Message, Ready, Start
 from pelton.engine.wire import FrameParser, encode
 from pelton.errors import EngineDeadError, PeltonError
 from pelton.types import OnProgress
@@ -113,13 +113,8 @@ class ChildClient(EngineClient):
         self.state = State.DEAD
         self._fail_all(EngineDeadError(self._why))
 
-    def _on_message(self, message: Message) -> None:
-        self._last_beat = time.monotonic()
-        if isinstance(message, Report):
-            self._receive(message)
-        elif isinstance(message, Progress):
-            self._show(message)
-        elif isinstance(message, Failed):
+    def _on_start(self, message: Ready | Failed) -> None:
+        if isinstance(message, Failed):
             self._failure = message.error
         elif self.state is not State.CLOSED:
             self.info, self.state = message.info, State.READY
