@@ -1,58 +1,51 @@
-"""Measure: `latency` (a batch, alone), `throughput` (many prompts at once), `serve` (load on a running server)."""
+"""Measure: `latency` (a batch, alone), `throughput` (many prompts at once), `serve` (load on a running server),
+`quality` (what the chosen numerics cost)."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from pelton.cli.flags import add_engine_flags
 from pelton.cli.parser import Parser, did_you_mean
 from pelton.errors import ConfigError
 
-KINDS = ("latency", "throughput", "serve")
+KINDS = {"latency": "bench_offline", "throughput": "bench_offline", "serve": "bench_serve", "quality": "bench_quality"}
 PERCENTILES = (50, 90, 99)
 
 
 def add_arguments(parser: Parser) -> None:
     """Which measurement, then its own arguments."""
-    parser.add_argument("kind", metavar="{latency,throughput,serve}", nargs="?", default="",
+    parser.add_argument("kind", metavar="{" + ",".join(KINDS) + "}", nargs="?", default="",
                         help="pelton bench KIND --help tells more")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("--quality", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # as the kind of that name
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure and show."""
-    kind = options.kind
+    kind, rest = (options.kind, options.rest) if options.quality is None else ("quality", options.quality)
     if kind not in KINDS:
         what = f"there is no bench {kind}{did_you_mean(kind, KINDS)}" if kind else "what is to be measured?"
         raise ConfigError(f"{what}; choose {', '.join(KINDS)}")
+    module = importlib.import_module(f"pelton.cli.{KINDS[kind]}")
     parser = Parser(prog=f"pelton bench {kind}", description=f"Measure {kind}.")
-    _add_common(parser)
-    if kind == "serve":
-        from pelton.cli import bench_serve
-
-        bench_serve.add_arguments(parser)
-        given = parser.parse_args(options.rest)
-        result = bench_serve.measure(given)
-    else:
-        from pelton.cli import bench_offline
-
-        bench_offline.add_arguments(parser, kind)
-        add_engine_flags(parser, skip=("seed",))
-        given = parser.parse_args(options.rest)
-        result = bench_offline.measure(given, kind)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    module.add_arguments(parser, kind)
+    given = parser.parse_args(rest)
+    result = module.measure(given, kind)
     show(result, kind, given.json)
     return 1 if result.get("num_failed") else 0
 
 
-def _add_common(parser: Parser) -> None:
+def add_workload(parser: Parser) -> None:
+    """Random prompts of one length, completions of one length."""
     parser.add_argument("--input-len", type=positive, default=128, metavar="N", help="tokens in a prompt [128]")
     parser.add_argument("--output-len", type=positive, default=64, metavar="N", help="tokens to generate [64]")
     parser.add_argument("--bench-seed", type=int, default=0, metavar="N", help="seed of the random prompts [0]")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def positive(text: str) -> int:
@@ -83,9 +76,14 @@ def show(result: dict[str, Any], title: str, as_json: bool) -> None:
     for name, value in result.items():
         label = name.replace("_", " ")
         if isinstance(value, dict):
-            distributions.add_row(label, *(f"{number:,.2f}" for number in value.values()))
+            distributions.add_row(label, *map(digits, value.values()))
         else:
-            figures.add_row(label, f"{value:,.2f}" if isinstance(value, float) else str(value))
+            figures.add_row(label, digits(value) if isinstance(value, float) else str(value))
     console.print(figures)
     if distributions.rows:
         console.print(distributions)
+
+
+def digits(value: float) -> str:
+    """Two decimals; of what is small, three digits."""
+    return f"{value:,.2f}" if value == 0 or abs(value) >= 1 else f"{value:.3g}"

@@ -7,9 +7,10 @@ import random
 import time
 from typing import TYPE_CHECKING, Any
 
-from pelton.cli.bench import positive, summarize
-from pelton.cli.flags import engine_args
+from pelton.cli.bench import add_workload, positive, summarize
+from pelton.cli.flags import add_engine_flags, engine_args
 from pelton.cli.parser import Parser
+from pelton.errors import RequestFailedError
 from pelton.types import SamplingParams, TokensPrompt
 
 if TYPE_CHECKING:
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: Parser, kind: str) -> None:
     """How many prompts, how often."""
+    add_workload(parser)
     if kind == "latency":
         parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="prompts at once [1]")
         parser.add_argument("--num-iters", type=positive, default=5, metavar="N", help="measured runs [5]")
         parser.add_argument("--num-iters-warmup", type=int, default=1, metavar="N", help="runs before those [1]")
     else:
         parser.add_argument("--num-prompts", type=positive, default=32, metavar="N", help="prompts in all [32]")
+    add_engine_flags(parser, skip=("seed",))
 
 
 def measure(options: argparse.Namespace, kind: str) -> dict[str, Any]:
@@ -49,14 +52,17 @@ class Workload:
         self._vocab_size = llm.get_tokenizer().vocab_size
 
     def seconds(self, batch_size: int) -> float:
-        """Time to complete `batch_size` prompts."""
+        """Time to complete `batch_size` prompts; RequestFailedError if one cannot be."""
         prompts = [
             TokensPrompt(prompt_token_ids=[self._rng.randrange(self._vocab_size) for _ in range(self._input_len)])
             for _ in range(batch_size)
         ]
         start = time.perf_counter()
-        self._llm.generate(prompts, self._params, use_tqdm=False)
-        return time.perf_counter() - start
+        outputs = self._llm.generate(prompts, self._params, use_tqdm=False)
+        elapsed = time.perf_counter() - start
+        if errors := [output.error for output in outputs if output.error is not None]:
+            raise RequestFailedError(f"nothing was measured: {errors[0]}")
+        return elapsed
 
 
 def _latency(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:

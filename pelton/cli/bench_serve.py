@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from pelton.cli.bench import positive, summarize
+from pelton.cli.bench import add_workload, positive, summarize
 from pelton.cli.parser import Parser
 from pelton.config import Environment
 from pelton.errors import ConfigError
@@ -26,8 +26,9 @@ TOKEN_IDS = range(1000, 30_000)  # in every vocabulary of interest, and no contr
 TIMEOUT_S = 600.0
 
 
-def add_arguments(parser: Parser) -> None:
+def add_arguments(parser: Parser, kind: str) -> None:
     """Which server, how much load."""
+    add_workload(parser)
     parser.add_argument("--base-url", default="http://127.0.0.1:8000", metavar="URL", help="[http://127.0.0.1:8000]")
     parser.add_argument("--model", metavar="TEXT", help="the model's name [the server's first]")
     parser.add_argument("--api-key", metavar="KEY", help="the server's key [VLLM_API_KEY]")
@@ -89,7 +90,7 @@ class Server:
             raise ConfigError(f"{self.url}/v1/models lists no models; give --model") from error
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace, kind: str) -> dict[str, Any]:
     """Send the requests, each when it is due, and summarise."""
     if not options.request_rate > 0:
         raise ConfigError(f"--request-rate must be above 0, got {options.request_rate}")

@@ -12,6 +12,7 @@ import pytest
 
 from pelton.cli.bench import summarize
 from pelton.cli.main import main
+from pelton.types import RequestOutput
 
 
 def test_summarize_uses_nearest_ranks() -> None:
@@ -35,6 +36,15 @@ def test_latency(fake_llm: Any, capsys: pytest.CaptureFixture[str]) -> None:
 def test_throughput_table(fake_llm: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "throughput", "m.gguf", "--num-prompts", "5"]) == 0
     assert "output tokens per s" in capsys.readouterr().out
+
+
+def test_nothing_is_measured_where_a_request_fails(
+    fake_llm: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = [RequestOutput("0", None, [1], [], True, error="the model's logits are not finite")]
+    monkeypatch.setattr(fake_llm, "generate", lambda *given, **options: outputs)
+    assert main(["bench", "latency", "m.gguf"]) == 2
+    assert "nothing was measured: the model's logits are not finite" in capsys.readouterr().err
 
 
 class Server(http.server.BaseHTTPRequestHandler):
