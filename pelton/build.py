@@ -14,7 +14,7 @@ from pelton.errors import ConfigError
 from pelton.layers.rope import context_length
 from pelton.models import find_model
 from pelton.ops import native
-from pelton.runner.device import probe_device
+from pelton.runner.device import probe_device, use_cpu
 from pelton.runner.grammar import Grammars
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.model_runner import ModelRunner
@@ -44,29 +44,31 @@ def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Eng
     kv_layers = architecture.kv_layers(files.config)
     facts = ModelFacts(files.config["torch_dtype"], context_length(files.config), kv_layers, weight_bytes(files))
     machine = probe_device(args.device)
-    config = resolve(args, facts, machine, Environment.read())
+    env = Environment.read()
+    config = resolve(args, facts, machine, env)
 
-    torch.set_num_threads(config.device.num_threads)
-    device, dtype = torch.device(config.device.kind), getattr(torch, config.model.dtype)
-    checkpoint = _open_checkpoint(args, files, dtype, device, on_progress)
+    use_cpu(config.device, env.cpu_isa)
+    checkpoint = _open_checkpoint(args, files, config, on_progress)
     model = architecture.load(checkpoint)
     checkpoint.finish()
 
-    kv = KVCache(config.cache, kv_layers, dtype, device)
+    kv = KVCache(config.cache, kv_layers, torch.device(config.device.kind))
     runner = ModelRunner(model, kv, config, Grammars(lambda: load_tokenizer(files, args.tokenizer)))
     scheduler = Scheduler(config.scheduler, config.cache)
-    return Engine(EngineCore(scheduler, runner), _info(config))
+    return Engine(EngineCore(scheduler, runner), _info(config, runner.why_eager))
 
 
 def _open_checkpoint(
-    args: EngineArgs, files: ModelFiles, dtype: torch.dtype, device: torch.device, on_progress: OnProgress | None
+    args: EngineArgs, files: ModelFiles, config: EngineConfig, on_progress: OnProgress | None
 ) -> Checkpoint:
+    device, dtype = torch.device(config.device.kind), getattr(torch, config.model.dtype)
+    activations = config.device.activations
     if args.load_format == "dummy":
-        return DummyCheckpoint(files.config, dtype, device, args.seed)
-    return open_checkpoint(files, dtype, device, on_progress)
+        return DummyCheckpoint(files.config, dtype, device, args.seed, activations=activations)
+    return open_checkpoint(files, dtype, device, on_progress, activations)
 
 
-def _info(config: EngineConfig) -> EngineInfo:
+def _info(config: EngineConfig, why_eager: str) -> EngineInfo:
     cache, kernels = config.cache, ops.describe(config.device.kind)
     why_none = native.reason if config.device.kind == "cpu" else "this version runs on GPUs in plain torch, slowly"
     return EngineInfo(
@@ -74,5 +76,5 @@ def _info(config: EngineConfig) -> EngineInfo:
         num_kv_tokens=(cache.num_blocks - 1) // len(cache.groups) * cache.block_size,
         kernels=kernels or "none, plain torch",
         notes=config.notes,
-        warnings=config.warnings if kernels else (*config.warnings, why_none),
+        warnings=(*config.warnings, *(line for line in ("" if kernels else why_none, why_eager) if line)),
     )

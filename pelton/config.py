@@ -17,6 +17,8 @@ from pelton.errors import ConfigError
 GIB = 1 << 30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPE_NAMES = {"auto": "auto", "half": "float16", "float": "float32", **{name: name for name in DTYPE_BYTES}}
+KV_DTYPES = ("auto", *DTYPE_BYTES, "int8")
+ACTIVATIONS = ("auto", "int8", "bf16", "fp32")
 DEFAULT_MODEL = "smollm2-135m-instruct"
 KINDS: dict[str, tuple[Any, str]] = {  # of an option, by its annotation
     "int": (int, "an integer"),
@@ -50,7 +52,7 @@ class EngineArgs:
     device: str = "auto"  # "auto", "cpu", "cuda"
     tensor_parallel_size: int = 1
     trust_remote_code: bool = False  # accepted; no code of a checkpoint is ever run
-    enforce_eager: bool = False  # accepted; steps are never captured as graphs so far
+    enforce_eager: bool = False  # compute each step op by op instead of replaying it
     seed: int = 0
     generation_config: str = "auto"  # "auto": the checkpoint's sampling defaults; "vllm": none; or a directory
     chat_template: str | None = None
@@ -65,6 +67,8 @@ class EngineArgs:
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
     num_threads: int | None = None
+    kv_cache_dtype: str = "auto"  # "auto": the compute dtype; "bfloat16", "float16", "float32", "int8"
+    cpu_activations: str = "auto"  # what products with quantised weights round their input to: ACTIVATIONS
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -77,6 +81,13 @@ class EngineArgs:
             raise ConfigError(f"--dtype {self.dtype} is unknown; choose one of {', '.join(DTYPE_NAMES)}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"--device {self.device} is unknown; choose auto, cpu or cuda")
+        self.kv_cache_dtype = DTYPE_NAMES.get(self.kv_cache_dtype, self.kv_cache_dtype)
+        if self.kv_cache_dtype not in KV_DTYPES:
+            raise ConfigError(f"--kv-cache-dtype {self.kv_cache_dtype} is unknown; choose one of {', '.join(KV_DTYPES)}")
+        if self.cpu_activations not in ACTIVATIONS:
+            raise ConfigError(
+                f"--cpu-activations {self.cpu_activations} is unknown; choose one of {', '.join(ACTIVATIONS)}"
+            )
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 f"--tensor-parallel-size {self.tensor_parallel_size}: this version runs on one device; use 1"
@@ -110,6 +121,8 @@ class Environment:
     api_key: str | None = None  # VLLM_API_KEY
     cpu_kv_cache_bytes: int | None = None  # VLLM_CPU_KVCACHE_SPACE, GiB
     num_threads: int | None = None  # OMP_NUM_THREADS
+    cpu_binding: str = "auto"  # VLLM_CPU_OMP_THREADS_BIND: processors as "0-3,8", "auto", "nobind"
+    cpu_isa: str | None = None  # PELTON_CPU_ISA: an instruction set below the processor's best
     cache_dir: str | None = None  # PELTON_CACHE
     log_level: str = "INFO"  # VLLM_LOGGING_LEVEL
     uv_index_urls: tuple[str, ...] = ()  # UV_INDEX, UV_EXTRA_INDEX_URL, UV_DEFAULT_INDEX, UV_INDEX_URL; pip reads PIP_*
@@ -126,6 +139,8 @@ class Environment:
             api_key=environ.get("VLLM_API_KEY") or None,
             cpu_kv_cache_bytes=_parse_kv_space(environ.get("VLLM_CPU_KVCACHE_SPACE", "")),
             num_threads=int(threads) if threads else None,
+            cpu_binding=environ.get("VLLM_CPU_OMP_THREADS_BIND", "").strip() or "auto",
+            cpu_isa=environ.get("PELTON_CPU_ISA", "").strip().lower() or None,
             cache_dir=environ.get("PELTON_CACHE") or None,
             log_level=environ.get("VLLM_LOGGING_LEVEL", "INFO").upper(),
             uv_index_urls=tuple(
@@ -165,7 +180,9 @@ class DeviceFacts:
     name: str
     free_bytes: int
     has_fast_bf16: bool
-    num_cores: int
+    num_cores: int  # that this process may use, by affinity and quota
+    cpus: tuple[int, ...] = ()  # the processors it may run on, one of each core first
+    keeps_formats: bool = False  # weights stay in the precision of their file
 
 
 @dataclass(frozen=True)
@@ -184,7 +201,7 @@ class ModelFacts:
     dtype: str  # it was trained in: a key of DTYPE_BYTES
     max_len: int  # tokens it was made for, prompt and completion together
     kv_layers: Sequence[KVLayer]
-    weight_bytes: Mapping[str, int]  # size of the weights in memory for each dtype
+    weight_bytes: Mapping[str, int]  # size of the weights in memory for each dtype; "stored": as in the file
 
 
 @dataclass(frozen=True)
@@ -229,6 +246,7 @@ class CacheConfig:
     num_blocks: int
     groups: tuple[KVGroup, ...]
     enable_prefix_caching: bool
+    dtype: str = "float32"  # of keys and values: of DTYPE_BYTES, or "int8" with a float32 scale for each head and token
 
 
 @dataclass(frozen=True)
@@ -250,6 +268,8 @@ class DeviceConfig:
     num_threads: int
     enforce_eager: bool
     seed: int
+    cpus: tuple[int, ...] = ()  # the processors the threads are bound to; empty: not bound
+    activations: str = "fp32"  # of products with quantised weights on a CPU: "int8", "bf16" or "fp32"
 
 
 @dataclass(frozen=True)
@@ -274,19 +294,22 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
     dtype = _choose_dtype(args, model.dtype, device, notes)
     max_num_seqs = args.max_num_seqs or (64 if device.kind == "cpu" else 256)
     model_len = _context_length(args, model.max_len)
-    block_bytes = _block_bytes(args.block_size, model.kv_layers, dtype)
+    kv_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
+    block_bytes = _block_bytes(args.block_size, model.kv_layers, kv_dtype)
     groups = make_groups(model.kv_layers)
     most_blocks = 1 + max_num_seqs * len(groups) * (math.ceil(model_len / args.block_size) + 1)
     num_blocks = args.num_gpu_blocks_override or min(
-        most_blocks, _kv_bytes(args, device, model.weight_bytes[dtype], env) // block_bytes
+        most_blocks, _kv_bytes(args, device, _weight_bytes(model, dtype, device), env) // block_bytes
     )
-    max_model_len = _fit_context(args, groups, num_blocks, model_len, block_bytes, warnings)
-    max_num_batched_tokens = args.max_num_batched_tokens or 2048
+    step_tokens = args.max_num_batched_tokens or (512 if device.kind == "cpu" else 2048)
+    chunk = step_tokens if args.enable_chunked_prefill else model_len
+    max_model_len = _fit_context(args, groups, num_blocks, model_len, block_bytes, chunk, warnings)
+    max_num_batched_tokens = step_tokens
     if not args.enable_chunked_prefill:
         max_num_batched_tokens = max(max_num_batched_tokens, max_model_len)
     return EngineConfig(
         model=ModelConfig(dtype, max_model_len),
-        cache=CacheConfig(args.block_size, num_blocks, groups, args.enable_prefix_caching),
+        cache=CacheConfig(args.block_size, num_blocks, groups, args.enable_prefix_caching, kv_dtype),
         scheduler=SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -294,9 +317,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
             max_model_len=max_model_len,
             enable_chunked_prefill=args.enable_chunked_prefill,
         ),
-        device=DeviceConfig(
-            device.kind, args.num_threads or env.num_threads or device.num_cores, args.enforce_eager, args.seed
-        ),
+        device=_device_config(args, device, env, notes),
         notes=tuple(notes),
         warnings=tuple(warnings),
     )
@@ -310,10 +331,63 @@ def _choose_dtype(args: EngineArgs, trained: str, device: DeviceFacts, notes: li
         reason = f"trained in {trained}, and {device.name} multiplies {dtype} fast"
         if device.kind == "cpu" and dtype == "float16":
             dtype, reason = "bfloat16", f"{device.name} multiplies bfloat16 fast, float16 not"
+    elif device.keeps_formats:
+        dtype = "bfloat16" if trained == "float32" else trained
+        reason = f"trained in {trained}; {device.name} reads it, and computes in float32"
     else:
         dtype, reason = "float32", f"{device.name} has no fast bfloat16"
     notes.append(f"dtype {dtype}: {reason}")
     return dtype
+
+
+def _device_config(args: EngineArgs, device: DeviceFacts, env: Environment, notes: list[str]) -> DeviceConfig:
+    """Threads, their processors, and the precision of products."""
+    bound = _parse_cpus(env.cpu_binding, device) if device.kind == "cpu" else ()
+    # From 8 cores on, one is left to the server's own process.
+    default = len(bound) or (device.num_cores if device.num_cores < 8 else device.num_cores - 1)
+    num_threads = args.num_threads or (min(env.num_threads, default) if bound and env.num_threads else env.num_threads)
+    source = "--num-threads" if args.num_threads else "OMP_NUM_THREADS"
+    most = len(bound) or device.num_cores
+    num_threads = num_threads or default
+    if device.kind == "cpu" and num_threads > most:
+        raise ConfigError(
+            f"{source} asks for {num_threads} threads, but this process has {most} cores to run on; use {most} or less"
+        )
+    if not bound and env.cpu_binding == "auto" and num_threads == len(device.cpus):
+        bound = device.cpus
+    activations = args.cpu_activations
+    if activations == "auto":
+        activations = "fp32" if DTYPE_NAMES[args.dtype] == "float32" else "int8"
+    return DeviceConfig(
+        device.kind, num_threads, args.enforce_eager, args.seed, tuple(bound[:num_threads]), activations
+    )
+
+
+def _parse_cpus(text: str, device: DeviceFacts) -> tuple[int, ...]:
+    """VLLM_CPU_OMP_THREADS_BIND: "0-3,8"; with several ranks "0-3|4-7", of which this is the first. "auto" and
+    "nobind" name none, "all" means every one."""
+    if text in ("auto", "nobind"):
+        return ()
+    if text == "all":
+        return device.cpus
+    cpus: list[int] = []
+    for part in text.partition("|")[0].split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+            raise ConfigError(
+                f"VLLM_CPU_OMP_THREADS_BIND={text} is not a list of processors; write 0-3,8 or all, auto, nobind"
+            )
+        cpus += range(int(first), min(int(last or first), 1 << 16) + 1)
+    if missing := sorted(set(cpus) - set(device.cpus)):
+        raise ConfigError(
+            f"VLLM_CPU_OMP_THREADS_BIND={text}: processor {missing[0]} is not one this process may run on; "
+            f"those are {', '.join(map(str, sorted(device.cpus)))}"
+        )
+    return tuple(dict.fromkeys(cpus))
+
+
+def _weight_bytes(model: ModelFacts, dtype: str, device: DeviceFacts) -> int:
+    return model.weight_bytes["stored" if device.keeps_formats else dtype]
 
 
 def _context_length(args: EngineArgs, longest: int) -> int:
@@ -330,19 +404,23 @@ def _context_length(args: EngineArgs, longest: int) -> int:
 
 def _block_bytes(block_size: int, kv_layers: Sequence[KVLayer], dtype: str) -> int:
     """Bytes of one block: keys and values of `block_size` tokens in each layer of one group."""
-    layer_bytes = {2 * layer.num_kv_heads * layer.head_size * DTYPE_BYTES[dtype] for layer in kv_layers}
+    def head_bytes(size: int) -> int:
+        return size + 4 if dtype == "int8" else size * DTYPE_BYTES[dtype]
+
+    layer_bytes = {2 * layer.num_kv_heads * head_bytes(layer.head_size) for layer in kv_layers}
     return block_size * max(layer_bytes) * max(len(group.layer_ids) for group in make_groups(kv_layers))
 
 
 def _kv_bytes(args: EngineArgs, device: DeviceFacts, weight_bytes: int, env: Environment) -> int:
     """Memory for the KV cache, before it is cut to what the requests can use at most."""
-    if args.kv_cache_memory_bytes:
-        return args.kv_cache_memory_bytes
-    if device.kind == "cpu" and env.cpu_kv_cache_bytes:
-        asked, left = env.cpu_kv_cache_bytes, device.free_bytes - weight_bytes
-        if asked > left:
+    asked, source = args.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
+    if not asked and device.kind == "cpu":
+        asked, source = env.cpu_kv_cache_bytes, "VLLM_CPU_KVCACHE_SPACE"
+    if asked:
+        left = device.free_bytes - weight_bytes
+        if asked > left and device.kind == "cpu":
             raise ConfigError(
-                f"VLLM_CPU_KVCACHE_SPACE asks for {asked / GIB:.1f} GiB, but only {max(left, 0) / GIB:.1f} GiB "
+                f"{source} asks for {asked / GIB:.1f} GiB, but only {max(left, 0) / GIB:.1f} GiB "
                 "remain beside the weights; lower it"
             )
         return asked
@@ -358,10 +436,10 @@ def _kv_bytes(args: EngineArgs, device: DeviceFacts, weight_bytes: int, env: Env
 
 
 def _fit_context(
-    args: EngineArgs, groups: Sequence[KVGroup], num_blocks: int, model_len: int, block_bytes: int, warnings: list[str]
+    args: EngineArgs, groups: Sequence[KVGroup], num_blocks: int, model_len: int, block_bytes: int, chunk: int,
+    warnings: list[str],
 ) -> int:
-    """The context length that one request alone can fill with `num_blocks` blocks."""
-    chunk = (args.max_num_batched_tokens or 2048) if args.enable_chunked_prefill else model_len
+    """The context length that one request alone can fill with `num_blocks` blocks, in steps of `chunk` tokens."""
     need = 1 + blocks_for(model_len, args.block_size, groups, chunk)
     if need <= num_blocks:
         return model_len

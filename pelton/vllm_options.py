@@ -28,8 +28,8 @@ SWITCHES = {
 VALUES = {
     "swap_space": "preempted requests are computed again, not swapped",
     "preemption_mode": "preempted requests are computed again, not swapped",
-    "max_seq_len_to_capture": "steps are not captured as graphs in this version",
-    "cuda_graph_sizes": "steps are not captured as graphs in this version",
+    "max_seq_len_to_capture": "a captured step serves every length",
+    "cuda_graph_sizes": "a captured step serves every batch size",
     "compilation_config": "nothing is compiled at run time",
     "num_scheduler_steps": "each step is scheduled",
     "scheduler_delay_factor": "a request is scheduled as soon as there is room",
@@ -50,7 +50,6 @@ VALUES = {
 ONLY = {
     "pipeline_parallel_size": ("1",),
     "data_parallel_size": ("1",),
-    "kv_cache_dtype": ("auto",),
     "tokenizer_mode": ("auto",),
     "config_format": ("auto",),
     "model_impl": ("auto",),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy
@@ -38,6 +40,22 @@ def _seed() -> None:
     random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512_vnni", "avx512_bf16"])
+def cpu(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The extension module, switched to each instruction set in turn."""
+    from pelton.ops.native import native, reason
+
+    if native is None:
+        pytest.skip(reason)
+    if request.param not in native.supported_isas():
+        pytest.skip(f"this processor has no {request.param}")
+    before = native.isa()
+    native.set_isa(request.param)
+    native.set_threads(2)
+    yield native
+    native.set_isa(before)
 
 
 @pytest.fixture(scope="session")

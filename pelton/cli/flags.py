@@ -29,7 +29,7 @@ ENGINE_FLAGS = {
     "device": "auto, cpu, cuda",
     "tensor_parallel_size": "devices to share the model; this version takes 1",
     "trust_remote_code": "accepted; no code of a checkpoint is ever run in this version",
-    "enforce_eager": "accepted: steps always run eagerly in this version",
+    "enforce_eager": "compute each step op by op instead of replaying it as captured",
     "seed": "seed for requests that bring none",
     "generation_config": "auto: the checkpoint's sampling defaults; vllm: none; or a folder",
     "chat_template": "a file with a chat template (Jinja), or the template itself",
@@ -43,7 +43,9 @@ ENGINE_FLAGS = {
     "gpu_memory_utilization": "share of a GPU's free memory to use; no effect on a CPU",
     "kv_cache_memory_bytes": "memory for the KV cache, in bytes [what is left]",
     "num_gpu_blocks_override": "number of blocks in the KV cache [as many as fit]",
-    "num_threads": "threads to compute with on a CPU [OMP_NUM_THREADS, else all cores]",
+    "num_threads": "threads to compute with on a CPU [OMP_NUM_THREADS, else the cores]",
+    "kv_cache_dtype": "what keys and values are kept in: auto, float32, bfloat16, float16, int8",
+    "cpu_activations": "precision of products with quantised weights on a CPU: auto, int8, bf16, fp32",
 }
 SAMPLING_FLAGS = {
     "max_tokens": "most tokens to generate",

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pelton import ops
@@ -69,25 +68,20 @@ class Attention:
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv = Linear.load(ckpt, parts, s.d_model, bias=s.qkv_bias)
         self.out = Linear.load(ckpt, {"o_proj": s.d_model}, q_size, bias=s.out_bias)
-        self.head_norms: tuple[RMSNorm, RMSNorm] | None = None
+        self.head_norms: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0)
         if load_head_norm is not None:
-            self.head_norms = (
-                load_head_norm(ckpt.at("q_norm"), s.head_size),
-                load_head_norm(ckpt.at("k_norm"), s.head_size),
-            )
+            q_norm, k_norm = (load_head_norm(ckpt.at(name), s.head_size) for name in ("q_norm", "k_norm"))
+            self.head_norms = q_norm.weight, k_norm.weight, q_norm.eps
 
-    def __call__(self, x: Tensor, angles: Angles, batch: Batch) -> Tensor:
-        """[T, d_model] -> [T, d_model]; writes the new tokens' keys and values to the cache."""
+    def __call__(self, x: Tensor, angles: Angles, batch: Batch, add_to: Tensor | None = None) -> Tensor:
+        """[T, d_model] -> [T, d_model], with `add_to` added to that; writes the new tokens to the cache."""
         s = self.shape
-        qkv = self.qkv(x).view(x.shape[0], -1, s.head_size)  # [T, H + 2G, D]
-        q, k, v = torch.split(qkv, [s.num_heads, s.num_kv_heads, s.num_kv_heads], dim=1)
-        if self.head_norms is not None:
-            q, k = self.head_norms[0](q), self.head_norms[1](k)
-        ops.rope_(q, *angles)
-        ops.rope_(k, *angles)
         cache, group = batch.kv[self.layer_id]
-        ops.store_kv_(cache, k, v, group.slots)
+        qkv = self.qkv(x)  # [T, (H + 2G) D]
+        q_norm, k_norm, eps = self.head_norms
+        ops.rope_and_store_(qkv, *angles, cache, group.slots, q_norm, k_norm, eps)
+        q = qkv.view(x.shape[0], -1, s.head_size)[:, : s.num_heads]  # [T, H, D]
         out = ops.paged_attention(
             q, cache, group.block_table, batch.query_starts, batch.context_lens, s.scale, s.window, s.softcap
         )
-        return self.out(out.flatten(1))  # [T, H * D] -> [T, d_model]
+        return self.out(out.flatten(1), add_to)  # [T, H * D] -> [T, d_model]

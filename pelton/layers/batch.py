@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pelton.ops import LayerCache
+
 
 @dataclass(frozen=True)
 class GroupSlots:
@@ -22,6 +24,6 @@ class Batch:
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
-    query_starts: list[int]  # R + 1: request r owns tokens query_starts[r] .. query_starts[r + 1] - 1
-    context_lens: list[int]  # R: tokens of each request in the cache once this step is done
-    kv: Sequence[tuple[Tensor, GroupSlots]]  # for each layer: its cache [2, B, S, G, D] and its group's slots
+    query_starts: Tensor  # [R + 1] int64: request r owns tokens query_starts[r] .. query_starts[r + 1] - 1
+    context_lens: Tensor  # [R] int64: tokens of each request in the cache once this step is done
+    kv: Sequence[tuple[LayerCache, GroupSlots]]  # for each layer: its cache and its group's slots

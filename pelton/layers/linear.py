@@ -21,12 +21,12 @@ class Linear:
     @classmethod
     def load(cls, ckpt: Checkpoint, parts: Mapping[str, int], d_in: int, bias: bool = False) -> Linear:
         """Read each part's `.weight` [N, d_in] (and `.bias` [N]) and stack them: y = [part | part | ...]."""
-        weight = fuse([ckpt.linear(f"{name}.weight", (d_out, d_in)) for name, d_out in parts.items()]).packed()
+        weight = ckpt.packed(fuse([ckpt.linear(f"{name}.weight", (d_out, d_in)) for name, d_out in parts.items()]))
         if not bias:
             return cls(weight)
-        return cls(weight, torch.cat([ckpt.tensor(f"{name}.bias", (d_out,)) for name, d_out in parts.items()]))
+        biases = [ckpt.tensor(f"{name}.bias", (d_out,), ckpt.activation_dtype) for name, d_out in parts.items()]
+        return cls(weight, torch.cat(biases))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, K] -> [T, N]."""
-        y = self.weight.matmul(x)
-        return y if self.bias is None else y.add_(self.bias)
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        """[T, K] -> [T, N]; with `add_to` [T, N] (the residual stream) added to that, in place."""
+        return self.weight.matmul(x, self.bias, add_to)

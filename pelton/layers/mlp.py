@@ -34,9 +34,9 @@ class GatedMLP:
             activation,
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, d_model] -> [T, d_model]."""
-        return self.down(self.act_and_mul(self.gate_up(x)))
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        """[T, d_model] -> [T, d_model]; with `add_to` added to that, in place."""
+        return self.down(self.act_and_mul(self.gate_up(x)), add_to)
 
 
 def find_activation(name: str) -> Callable[[Tensor], Tensor]:

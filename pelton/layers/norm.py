@@ -24,3 +24,8 @@ class RMSNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
         return ops.rms_norm(x, self.weight, self.eps)
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """out + norm(x), in place: [T, size]."""
+        ops.rms_norm_add_(out, x, self.weight, self.eps)
+        return out

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pelton import ops
 from pelton.weights.fields import Fields, shorten
 
 Angles = tuple[Tensor, Tensor]
@@ -46,8 +47,7 @@ class Rope:
 
     def __call__(self, positions: Tensor) -> Angles:
         """[T] -> cos, sin [T, D/2]."""
-        angles = positions.float()[:, None] * self.inv_freq
-        return angles.cos() * self.magnitude, angles.sin() * self.magnitude
+        return ops.rope_angles(positions, self.inv_freq, self.magnitude)
 
 
 def context_length(config: Mapping[str, Any]) -> int:

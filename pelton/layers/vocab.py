@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pelton import ops
 from pelton.quant.layout import LinearWeight
 from pelton.weights.checkpoint import Checkpoint
 
@@ -19,13 +20,13 @@ class Embedding:
     @classmethod
     def load(cls, ckpt: Checkpoint, vocab_size: int, d_model: int, scale: float = 1.0) -> Embedding:
         """Read `weight` [vocab_size, d_model]."""
-        return cls(ckpt.linear("weight", (vocab_size, d_model)), scale)
+        # The factor is rounded to the compute dtype first, as the models were trained.
+        rounded = float(torch.tensor(scale, dtype=ckpt.dtype))
+        return cls(ckpt.packed(ckpt.linear("weight", (vocab_size, d_model))), rounded)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, d_model]."""
-        x = self.weight.rows(token_ids)
-        # The factor is rounded to the compute dtype first, as the models were trained.
-        return x if self.scale == 1.0 else x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
+        return self.weight.rows(token_ids, self.scale)
 
 
 class LMHead:
@@ -38,10 +39,13 @@ class LMHead:
     @classmethod
     def load(cls, ckpt: Checkpoint, embedding: Embedding, tied: bool, softcap: float | None = None) -> LMHead:
         """Read `lm_head.weight` [V, d_model], or share the embedding's where `tied`."""
-        weight = embedding.weight if tied else ckpt.linear("lm_head.weight", embedding.weight.shape)
-        return cls(weight.packed(), softcap)
+        if tied:
+            return cls(embedding.weight, softcap)
+        return cls(ckpt.packed(ckpt.linear("lm_head.weight", embedding.weight.shape)), softcap)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[M, d_model] -> [M, V] float32."""
         logits = self.weight.matmul(x).float()
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        if self.softcap is not None:
+            ops.softcap_(logits, self.softcap)
+        return logits

@@ -94,9 +94,9 @@ class Block:
         self.mlp_post_norm = load_norm(ckpt.at("post_feedforward_layernorm"), c.d_model)
 
     def __call__(self, x: Tensor, angles: Angles, batch: Batch) -> Tensor:
-        """[T, d_model] -> [T, d_model]."""
-        x = x + self.attn_post_norm(self.attn(self.attn_norm(x), angles, batch))
-        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+        """The residual stream [T, d_model], changed in place."""
+        x = self.attn_post_norm.add_to(x, self.attn(self.attn_norm(x), angles, batch))
+        return self.mlp_post_norm.add_to(x, self.mlp(self.mlp_norm(x)))
 
 
 class Gemma2(Model):

@@ -91,9 +91,9 @@ class Block:
         self.mlp = GatedMLP.load(ckpt.at("mlp"), c.d_model, c.d_hidden, c.activation, c.mlp_bias)
 
     def __call__(self, x: Tensor, angles: Angles, batch: Batch) -> Tensor:
-        """[T, d_model] -> [T, d_model]."""
-        x = x + self.attn(self.attn_norm(x), angles, batch)
-        return x + self.mlp(self.mlp_norm(x))
+        """The residual stream [T, d_model], changed in place."""
+        x = self.attn(self.attn_norm(x), angles, batch, add_to=x)
+        return self.mlp(self.mlp_norm(x), add_to=x)
 
 
 class Llama(Model):

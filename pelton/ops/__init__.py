@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 class Kernel:
     """One implementation of an op: `run` has the op's signature, `accepts` says for which arguments it may run.
 
-    The name begins with the device it is for: "cpu-avx512".
+    The name begins with the device it is for: "cpu-avx2".
     """
 
     name: str
@@ -70,6 +70,9 @@ def describe(device: str) -> str:
     return ", ".join([*parts, *([f"{' '.join(plain)} in plain torch"] if plain else [])]) if parts else ""
 
 
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
 @op
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, computed in float32 (Zhang & Sennrich, arXiv:1910.07467).
@@ -79,6 +82,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * weight).to(x.dtype)
+
+
+@op
+def rms_norm_add_(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    """out += rms_norm(x): a normalised branch joins the residual stream. out, x [T, K]; weight [K] float32."""
+    out.add_(rms_norm.reference(x, weight, eps))
 
 
 @op
@@ -96,53 +105,131 @@ def gelu_tanh_and_mul(x: Tensor) -> Tensor:
 
 
 @op
-def rope_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate pairs (i, i + D/2) of each head by its position's angles, in place (Su et al., arXiv:2104.09864).
-
-    x [T, H, D]; cos, sin [T, D/2] float32.
-    """
-    x1, x2 = x.float().chunk(2, dim=-1)  # [T, H, D/2]
-    cos, sin = cos[:, None], sin[:, None]
-    x.copy_(torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1))
+def softcap_(x: Tensor, cap: float) -> None:
+    """x = cap * tanh(x / cap), in place: [T, K]."""
+    x.div_(cap).tanh_().mul_(cap)
 
 
 @op
-def store_kv_(cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
-    """Write the keys and values [T, G, D] of new tokens to their slots [T] of cache [2, B, S, G, D]."""
-    flat = cache.view(2, -1, *cache.shape[3:])  # [2, B*S, G, D]
-    flat[0].index_copy_(0, slots, key.to(cache.dtype))
-    flat[1].index_copy_(0, slots, value.to(cache.dtype))
+def select_rows(x: Tensor, row_ids: Tensor) -> Tensor:
+    """Some rows of x: [T, K], int64 [M] -> [M, K]."""
+    return x.index_select(0, row_ids)
+
+
+# --- positions and the cache -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """The keys and values of one layer, in blocks, with whatever strides its device reads fastest (`make_cache`)."""
+
+    key: Tensor  # [B, S, G, D]
+    value: Tensor  # [B, S, G, D]
+    key_scale: Tensor | None = None  # [B, S, G] float32, where the numbers are int8
+    value_scale: Tensor | None = None
+
+
+def make_cache(
+    num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+) -> LayerCache:
+    """An empty cache. On a CPU, keys lie as [B, G, D, S] and values as [B, G, S, D rounded up to 16]: sixteen keys,
+    or sixteen numbers of a value, fill a register."""
+    size = num_blocks, num_kv_heads
+    if device.type == "cpu":
+        key = torch.zeros(*size, head_size, block_size, dtype=dtype).permute(0, 3, 1, 2)
+        padded = -(-head_size // 16) * 16
+        value = torch.zeros(*size, block_size, padded, dtype=dtype)[..., :head_size].transpose(1, 2)
+    else:
+        key, value = (torch.zeros(num_blocks, block_size, num_kv_heads, head_size, dtype=dtype, device=device)
+                      for _ in range(2))
+    if dtype != torch.int8:
+        return LayerCache(key, value)
+    scales = (torch.zeros(*size, block_size, device=device).transpose(1, 2) for _ in range(2))
+    return LayerCache(key, value, *scales)
+
+
+@op
+def rope_angles(positions: Tensor, inv_freq: Tensor, magnitude: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions * inv_freq, times magnitude: int64 [T], float32 [D/2] -> two float32 [T, D/2]."""
+    angles = positions.float()[:, None] * inv_freq
+    return angles.cos() * magnitude, angles.sin() * magnitude
+
+
+@op
+def rope_and_store_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: LayerCache,
+    slots: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Prepare new tokens for attention: normalise each query and key head (where weights [D] are given), rotate pairs
+    (i, i + D/2) by their position's angles (Su et al., arXiv:2104.09864), and write keys and values to their slots.
+
+    qkv [T, (H + 2G) D]: queries and keys are changed in place; cos, sin [T, D/2]; slots [T]: block * S + offset.
+    """
+    _, block_size, num_kv_heads, head_size = cache.key.shape
+    heads = qkv.view(qkv.shape[0], -1, head_size)  # [T, H + 2G, D]
+    q, k, v = torch.split(heads, [heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    for part, weight in ((q, q_norm), (k, k_norm)):
+        if weight is not None:
+            part.copy_(rms_norm.reference(part, weight, eps))
+        x1, x2 = part.float().chunk(2, dim=-1)  # [T, heads, D/2]
+        turned = x1 * cos[:, None] - x2 * sin[:, None], x2 * cos[:, None] + x1 * sin[:, None]
+        part.copy_(torch.cat(turned, dim=-1))
+    where = slots // block_size, slots % block_size
+    for numbers, scales, new in ((cache.key, cache.key_scale, k), (cache.value, cache.value_scale, v)):
+        if scales is not None:
+            scale = new.float().abs().amax(-1) / 127  # [T, G]
+            scales[where] = scale
+            new = (new.float() / scale.clamp(min=1e-38)[..., None]).round()
+        numbers[where] = new.to(numbers.dtype)
 
 
 @op
 def paged_attention(
     query: Tensor,
-    cache: Tensor,
+    cache: LayerCache,
     block_table: Tensor,
-    query_starts: list[int],
-    context_lens: list[int],
+    query_starts: Tensor,
+    context_lens: Tensor,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of each request's new tokens over its context in the paged cache (arXiv:2309.06180).
 
-    query [T, H, D]; cache [2, B, S, G, D], H a multiple of G; block_table [R, blocks]. Request r owns query rows
-    query_starts[r]:query_starts[r + 1], the last tokens of its context of context_lens[r] tokens. With `window`,
-    a token sees itself and the window - 1 tokens before; `softcap` c turns scores s into c * tanh(s / c).
+    query [T, H, D], H a multiple of G; block_table [R, blocks]. Request r owns query rows query_starts[r] to
+    query_starts[r + 1] (none, if they are equal), the last tokens of its context of context_lens[r] tokens. With
+    `window`, a token sees itself and the window - 1 tokens before; `softcap` c turns scores s into c * tanh(s / c).
     Returns [T, H, D].
     """
-    out = torch.empty_like(query)
-    block_size = cache.shape[2]
-    for r, context_len in enumerate(context_lens):
-        begin, end = query_starts[r], query_starts[r + 1]
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    block_size = cache.key.shape[1]
+    starts = query_starts.tolist()
+    for r, context_len in enumerate(context_lens.tolist()):
+        begin, end = starts[r], starts[r + 1]
+        if begin == end:
+            continue
         start = context_len - (end - begin)  # position of the first query
         first = 0 if window is None else max(0, start - window + 1) // block_size  # first block any query sees
         blocks = block_table[r, first : (context_len + block_size - 1) // block_size]
         context = slice(0, context_len - first * block_size)
-        key, value = (cache[i].index_select(0, blocks).flatten(0, 1)[context] for i in range(2))  # [C, G, D]
+        key, value = (
+            _read(numbers, scales, blocks)[context]
+            for numbers, scales in ((cache.key, cache.key_scale), (cache.value, cache.value_scale))
+        )  # [C, G, D]
         out[begin:end] = _attend(query[begin:end], key, value, start - first * block_size, scale, window, softcap)
     return out
+
+
+def _read(numbers: Tensor, scales: Tensor | None, blocks: Tensor) -> Tensor:
+    """Some blocks of a cache [B, S, G, D] in a row: [blocks * S, G, D]."""
+    rows = numbers.index_select(0, blocks).flatten(0, 1)
+    return rows if scales is None else rows.float() * scales.index_select(0, blocks).flatten(0, 1)[..., None]
 
 
 def _attend(

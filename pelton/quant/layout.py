@@ -1,4 +1,8 @@
-"""How a weight is held in memory to be multiplied. A weight is something that multiplies."""
+"""How a weight is held in memory to be multiplied. A weight is something that multiplies.
+
+Here each layout is defined in plain torch, by `dequantize()`. On a CPU quant/native.py puts it into the order that the
+kernels stream.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from pelton.quant import FORMATS
+from pelton.weights.stored import BlockType
 
 
 class LinearWeight(ABC):
@@ -15,20 +23,18 @@ class LinearWeight(ABC):
     shape: tuple[int, int]  # (N, K)
 
     @abstractmethod
-    def matmul(self, x: Tensor) -> Tensor:
-        """x W^T: [T, K] -> [T, N]."""
-
-    @abstractmethod
-    def rows(self, ids: Tensor) -> Tensor:
-        """Some rows of W (an embedding's look-up): [T] -> [T, K]."""
-
-    @abstractmethod
     def dequantize(self) -> Tensor:
         """W as [N, K]: the definition of the layout, to which `matmul` and `rows` are held."""
 
-    def packed(self) -> LinearWeight:
-        """The same weight in the order that this device multiplies fastest, where there is one."""
-        return self
+    def matmul(self, x: Tensor, bias: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
+        """x W^T (+ bias [N]): [T, K] -> [T, N]; with `add_to` [T, N] added to that, which is returned."""
+        y = F.linear(x, self.dequantize().to(x.dtype), bias)
+        return y if add_to is None else add_to.add_(y)
+
+    def rows(self, ids: Tensor, scale: float = 1.0) -> Tensor:
+        """Some rows of W (an embedding's look-up), times scale: [T] -> [T, K]."""
+        rows = F.embedding(ids, self.dequantize())
+        return rows if scale == 1.0 else rows * scale
 
 
 class Dense(LinearWeight):
@@ -38,40 +44,72 @@ class Dense(LinearWeight):
         self.weight = weight  # [N, K]
         self.shape = (weight.shape[0], weight.shape[1])
 
-    def matmul(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight)
-
-    def rows(self, ids: Tensor) -> Tensor:
-        return torch.nn.functional.embedding(ids, self.weight)
-
     def dequantize(self) -> Tensor:
         return self.weight
 
-    def packed(self) -> LinearWeight:
-        can_pack = self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16 and hasattr(
-            torch.ops.mkldnn, "_reorder_linear_weight"
-        )
-        return OneDNNDense(self.weight) if can_pack else self
 
+class Blocks(LinearWeight):
+    """Rows of a file's blocks, as they lie there."""
 
-class OneDNNDense(LinearWeight):
-    """Dense in oneDNN's own blocked order, as torch.compile packs it: torch would else repack at each product, and
-    one token would take two to four times as long (3072 x 576 in bfloat16: 47 us instead of 212)."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.shape = (weight.shape[0], weight.shape[1])
-        self.blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-
-    def matmul(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.blocks, None, "none", [], "")
-        return y
-
-    def rows(self, ids: Tensor) -> Tensor:
-        return torch.nn.functional.embedding(ids, self.dequantize())
+    def __init__(self, type: BlockType, data: Tensor, shape: tuple[int, int], row_ids: Tensor | None = None) -> None:
+        """data: uint8, N rows of whole blocks. row_ids: row i of the weight is row row_ids[i] of the data."""
+        self.type = type
+        self.data = data.view(shape[0], -1)  # uint8 [N, bytes of a row]
+        self.shape = shape
+        self.row_ids = row_ids
 
     def dequantize(self) -> Tensor:
-        weight: Tensor = self.blocks.to_dense()
-        return weight
+        data = self.data if self.row_ids is None else self.data[self.row_ids]
+        return FORMATS[self.type.name](data.reshape(-1, self.type.block_bytes)).view(self.shape)
+
+
+class Int(LinearWeight):
+    """Unsigned codes of 4 or 8 bits; each group of columns has a scale and a zero point: w = scale (code - zero).
+
+    GPTQ, AWQ and compressed-tensors are lowered to this. `order` (GPTQ's act-order): column k of the codes belongs to
+    input order[k].
+    """
+
+    def __init__(
+        self, bits: int, codes: Tensor, scales: Tensor, zeros: Tensor | int, order: Tensor | None = None
+    ) -> None:
+        """codes: uint8 [N, K]; scales: float32 [N, K / group]; zeros: float32 like scales, or one for all."""
+        self.bits = bits
+        self.codes = codes
+        self.scales = scales
+        self.zeros = zeros
+        self.order = order
+        self.shape = (codes.shape[0], codes.shape[1])
+        self.group = -(-codes.shape[1] // scales.shape[1])
+
+    def dequantize(self) -> Tensor:
+        scales, zeros = self.scales, self.zeros
+        scales = scales.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
+        if isinstance(zeros, Tensor):
+            zeros = zeros.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
+        weights = (self.codes.float() - zeros) * scales
+        if self.order is None:
+            return weights
+        return torch.empty_like(weights).index_copy_(1, self.order, weights)
+
+
+class Codebook4(LinearWeight):
+    """4-bit codes of 16 values, with a scale for each group of columns: w = scale value[code].
+
+    bitsandbytes' nf4 and fp4 (arXiv:2305.14314) are lowered to this.
+    """
+
+    def __init__(self, codes: Tensor, scales: Tensor, values: Tensor) -> None:
+        """codes: uint8 [N, K]; scales: float32 [N, K / group]; values: float32 [16]."""
+        self.codes = codes
+        self.scales = scales
+        self.values = values
+        self.shape = (codes.shape[0], codes.shape[1])
+        self.group = -(-codes.shape[1] // scales.shape[1])
+
+    def dequantize(self) -> Tensor:
+        scales = self.scales.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
+        return self.values[self.codes.long()] * scales
 
 
 class Stack(LinearWeight):
@@ -81,17 +119,8 @@ class Stack(LinearWeight):
         self.parts = tuple(parts)
         self.shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
 
-    def matmul(self, x: Tensor) -> Tensor:
-        return torch.cat([part.matmul(x) for part in self.parts], dim=-1)
-
-    def rows(self, ids: Tensor) -> Tensor:
-        return torch.nn.functional.embedding(ids, self.dequantize())
-
     def dequantize(self) -> Tensor:
         return torch.cat([part.dequantize() for part in self.parts])
-
-    def packed(self) -> LinearWeight:
-        return Stack([part.packed() for part in self.parts])
 
 
 def fuse(parts: Sequence[LinearWeight]) -> LinearWeight:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from pelton.config import DeviceFacts
+from pelton.config import DeviceConfig, DeviceFacts
 from pelton.errors import ConfigError
+from pelton.ops.native import native
 
 
 def probe_device(kind: str) -> DeviceFacts:
@@ -16,15 +19,56 @@ def probe_device(kind: str) -> DeviceFacts:
     has_cuda = torch.cuda.is_available()
     if kind == "cuda" and not has_cuda:
         raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu or install torch with CUDA")
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = _usable_cpus()
+    num_cores = _num_cores(cpus)
     if kind == "cuda" or (kind == "auto" and has_cuda):
         free_bytes, _ = torch.cuda.mem_get_info()
         capability = torch.cuda.get_device_capability()
         return DeviceFacts("cuda", torch.cuda.get_device_name(), free_bytes, capability >= (8, 0), num_cores)
-    return DeviceFacts("cpu", _cpu_name(), _free_memory(), _cpu_has_fast_bf16(), num_cores)
+    has_kernels = native is not None
+    fast = native.has_bf16_dot() if native is not None else _torch_has_fast_bf16()
+    return DeviceFacts("cpu", _cpu_name(), _free_memory(), fast, num_cores, cpus, has_kernels)
 
 
-def _cpu_has_fast_bf16() -> bool:
+def use_cpu(config: DeviceConfig, isa: str | None) -> None:
+    """Set up the threads and the instruction set the kernels run with. ConfigError for one the machine lacks."""
+    torch.set_num_threads(config.num_threads)
+    if native is None:
+        return
+    if isa is not None and isa not in native.supported_isas():
+        raise ConfigError(
+            f"PELTON_CPU_ISA={isa}: this processor runs {', '.join(native.supported_isas())}; use one of these or unset it"
+        )
+    native.set_isa(isa or native.supported_isas()[0])
+    native.set_threads(config.num_threads, list(config.cpus))
+
+
+def _usable_cpus() -> tuple[int, ...]:
+    """The processors this process may run on: one of each core first, then their siblings."""
+    if not hasattr(os, "sched_getaffinity"):
+        return tuple(range(os.cpu_count() or 1))
+    cpus = sorted(os.sched_getaffinity(0))
+    firsts = {_core_of(cpu): cpu for cpu in reversed(cpus)}.values()
+    return tuple(sorted(cpus, key=lambda cpu: (cpu not in firsts, cpu)))
+
+
+def _core_of(cpu: int) -> str:
+    siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    return siblings.read_text().strip() if siblings.exists() else str(cpu)
+
+
+def _num_cores(cpus: Sequence[int]) -> int:
+    """Cores among the processors, cut to the time that the cgroup grants."""
+    cores = len({_core_of(cpu) for cpu in cpus})
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists():
+        granted, _, period = quota.read_text().strip().partition(" ")
+        if granted.isdecimal() and period.isdecimal():
+            cores = min(cores, max(1, math.ceil(int(granted) / int(period))))
+    return cores
+
+
+def _torch_has_fast_bf16() -> bool:
     """Whether torch's matrix products in bfloat16 use instructions of this processor's own."""
     capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capability.get("avx512_bf16") or capability.get("amx_bf16") or capability.get("bf16"))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pelton import ops
 from pelton.config import EngineConfig
 from pelton.engine.step import Chunk, StepPlan, StepResult, TokenLogprobs
 from pelton.models import Model
-from pelton.runner.batch import build_batch
+from pelton.ops.native import native
+from pelton.ops.recording import NotRecordable
+from pelton.runner.batch import BatchBuffers
 from pelton.runner.grammar import Grammars
+from pelton.runner.graph import Graph
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.logprobs import NON_FINITE, token_logprobs
 from pelton.runner.requests import RequestState, RequestTable
@@ -24,9 +28,23 @@ class ModelRunner:
     def __init__(self, model: Model, kv: KVCache, config: EngineConfig, grammars: Grammars | None = None) -> None:
         self.model = model
         self.kv = kv
-        self.device = kv.layers[0].device
+        self.device = kv.device
         self.requests = RequestTable(len(kv.groups))
         self.sampler = Sampler(config.device.seed, grammars)
+        limits = config.scheduler
+        max_blocks = -(-limits.max_model_len // kv.block_size)
+        self.buffers = BatchBuffers(kv, limits.max_num_batched_tokens, limits.max_num_seqs, max_blocks)
+        self.graph: Graph | None = None
+        self.why_eager = ""  # a line for a person, where steps run eagerly but need not have
+        if self.device.type == "cpu" and native is not None and not config.device.enforce_eager:
+            self._capture()
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        try:
+            self.graph = Graph(self.model, self.buffers)
+        except NotRecordable as error:
+            self.why_eager = f"steps run eagerly: {error}"
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -35,34 +53,43 @@ class ModelRunner:
         result = StepResult(plan.step_id)
         if not plan.chunks:
             return result
-        batch = build_batch(plan.chunks, states, self.kv, self.device)
-        hidden = self.model.forward(batch)  # [T, d_model]
-        for chunk, state, start in zip(plan.chunks, states, batch.query_starts, strict=False):
+        num_tokens, starts = self.buffers.fill(plan.chunks, states)
+        sampled = [i for i, chunk in enumerate(plan.chunks) if chunk.sample]
+        hidden, logits = self._forward(num_tokens, len(plan.chunks), [starts[i + 1] - 1 for i in sampled])
+        for chunk, state, start in zip(plan.chunks, states, starts, strict=False):
             if state.request.params.prompt_logprobs is not None and chunk.start < state.num_prompt:
                 self._score_prompt(hidden[start : start + chunk.num_tokens], chunk, state, result)
-        self._sample(hidden, plan.chunks, states, batch.query_starts, result)
+        if sampled:
+            self._sample(logits, [plan.chunks[i] for i in sampled], [states[i] for i in sampled], result)
         return result
 
+    def _forward(self, num_tokens: int, num_requests: int, sampled_rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, d_model] of the filled batch, and the logits [M, V] of its sampled rows."""
+        self.buffers.sampled_rows.numpy()[: len(sampled_rows)] = sampled_rows
+        if self.graph is not None:
+            return self.graph.run(num_tokens, len(sampled_rows))
+        hidden = self.model.forward(self.buffers.batch(num_tokens, num_requests))
+        if not sampled_rows:
+            return hidden, hidden[:0]
+        rows = self.buffers.sampled_rows[: len(sampled_rows)].to(self.device)
+        return hidden, self.model.logits(ops.select_rows(hidden, rows))
+
     def _sample(
-        self, hidden: Tensor, chunks: tuple[Chunk, ...], states: list[RequestState], query_starts: list[int],
-        result: StepResult,
+        self, logits: Tensor, chunks: list[Chunk], states: list[RequestState], result: StepResult
     ) -> None:
-        """Sample the next token of each chunk that asks for it and has not failed."""
-        wanted = [i for i, chunk in enumerate(chunks) if chunk.sample and chunk.request_id not in result.errors]
-        if not wanted:
-            return
-        last_rows = torch.tensor([query_starts[i + 1] - 1 for i in wanted], device=hidden.device)
-        logits = self.model.logits(hidden[last_rows])  # [M, V]
-        for i, sample in zip(wanted, self.sampler([states[i] for i in wanted], logits), strict=True):
-            request_id = chunks[i].request_id
+        """Sample the next token of each chunk, but of those that have failed."""
+        samples = self.sampler(states, logits)
+        for chunk, state, sample in zip(chunks, states, samples, strict=True):
+            if chunk.request_id in result.errors:
+                continue
             if isinstance(sample, str):
-                result.errors[request_id] = sample
+                result.errors[chunk.request_id] = sample
                 continue
             token_id, logprobs = sample
-            states[i].append(chunks[i], token_id)
-            result.token_ids[request_id] = token_id
+            state.append(chunk, token_id)
+            result.token_ids[chunk.request_id] = token_id
             if logprobs is not None:
-                result.logprobs[request_id] = logprobs
+                result.logprobs[chunk.request_id] = logprobs
 
     def _score_prompt(self, hidden: Tensor, chunk: Chunk, state: RequestState, result: StepResult) -> None:
         """Log-probabilities of the prompt's tokens that the chunk's hidden states predict."""
@@ -71,9 +98,9 @@ class ModelRunner:
         entries: list[TokenLogprobs] = []
         for begin in range(0, len(targets), LOGITS_ROWS):
             rows = slice(begin, min(begin + LOGITS_ROWS, len(targets)))
-            logits = self.model.logits(hidden[rows])
-            if not bool(torch.isfinite(logits).all()):
+            scored = token_logprobs(self.model.logits(hidden[rows]), targets[rows], params.prompt_logprobs or 0)
+            if scored is None:
                 result.errors[chunk.request_id] = NON_FINITE
                 return
-            entries += token_logprobs(logits, targets[rows], params.prompt_logprobs or 0)
+            entries += scored
         result.prompt_logprobs[chunk.request_id] = entries

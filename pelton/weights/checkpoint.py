@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from pelton.errors import ModelFormatError
+from pelton.ops.native import native
 from pelton.quant import FORMATS
-from pelton.quant.layout import Dense, LinearWeight
+from pelton.quant.layout import Blocks, Dense, LinearWeight
+from pelton.quant.native import pack
 from pelton.types import OnProgress
 from pelton.weights.fields import Fields
 from pelton.weights.files import ModelFiles
@@ -40,16 +42,24 @@ class Checkpoint:
         tensors: Mapping[str, StoredTensor],
         gguf: Architecture | None = None,
         on_progress: OnProgress | None = None,
+        activations: str = "fp32",
     ) -> None:
+        """activations: what products with packed weights round their input to, see quant/native.py."""
         self.config = dict(config)
         self.dtype = dtype
         self.device = device
+        self.activations = activations
         self._tensors = tensors
         self._gguf = gguf
         self._on_progress = on_progress
         self._unread = {name: tensor.data.size for name, tensor in tensors.items()}
         self._num_bytes = sum(self._unread.values())
         self._prefix = ""
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """What layers pass on: the compute dtype, but float32 where the CPU's kernels run."""
+        return torch.float32 if self.device.type == "cpu" and native is not None else self.dtype
 
     def at(self, prefix: str) -> Checkpoint:
         """A view: its names continue `prefix`. What is read through it is recorded in the whole."""
@@ -66,23 +76,25 @@ class Checkpoint:
 
         Do not write to it: it may be a view of the file. ModelFormatError if it is missing or has another shape.
         """
-        name = self._full(name)
-        stored = self._tensors.get(name)
-        if stored is None:
-            raise ModelFormatError(f"tensor {name} is missing in the checkpoint")
-        if stored.shape != shape:
-            raise ModelFormatError(f"tensor {name} has shape {list(stored.shape)}, the config says {list(shape)}")
-        if stored.type.name not in FORMATS:
-            raise ModelFormatError(f"tensor {name} is stored as {stored.type.name}, which is not supported for weights")
-        tensor = self._load(name, stored, dtype or self.dtype)
-        self._unread.pop(name, None)
-        if self._on_progress is not None:
-            self._on_progress(self._num_bytes - sum(self._unread.values()), self._num_bytes)
+        stored = self._find(name, shape)
+        tensor = self._load(stored, dtype or self.dtype, self._num_interleaved_heads(name))
+        self._tell_read(name)
         return tensor
 
     def linear(self, name: str, shape: tuple[int, int]) -> LinearWeight:
-        """The weight `name` [N, K], in a layout to multiply by."""
-        return Dense(self.tensor(name, shape))
+        """The weight `name` [N, K], to be given to `packed`: on a CPU as the file holds it, but float32 in the compute
+        dtype; on a GPU decoded."""
+        stored = self._find(name, shape)
+        if not self._keeps(stored):
+            return Dense(self.tensor(name, shape))
+        heads = self._num_interleaved_heads(name)
+        order = None if heads == 0 else _half_split_rows(stored, heads)
+        self._tell_read(name)
+        return Blocks(stored.type, torch.from_numpy(stored.data), shape, order)
+
+    def packed(self, weight: LinearWeight) -> LinearWeight:
+        """`weight` in the order that the device multiplies fastest."""
+        return pack(weight, self.activations) if self.device.type == "cpu" else weight
 
     def finish(self) -> None:
         """To be called when the model is built: ModelFormatError if it left tensors of the checkpoint unread."""
@@ -94,24 +106,52 @@ class Checkpoint:
     def _full(self, name: str) -> str:
         return f"{self._prefix}.{name}" if self._prefix else name
 
-    def _load(self, name: str, stored: StoredTensor, dtype: torch.dtype) -> Tensor:
-        """Decode, and undo what the conversion to GGUF does to some tensors."""
-        if self._gguf is not None and self._gguf.adds_one_to_norms and name.endswith("norm.weight"):
-            return (decode(stored, torch.float32, self.device) - 1).to(dtype)
+    def _find(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        """The stored tensor `name`, if it has this shape and a format that can be read."""
+        name = self._full(name)
+        stored = self._tensors.get(name)
+        if stored is None:
+            raise ModelFormatError(f"tensor {name} is missing in the checkpoint")
+        if stored.shape != shape:
+            raise ModelFormatError(f"tensor {name} has shape {list(stored.shape)}, the config says {list(shape)}")
+        if stored.type.name not in FORMATS:
+            raise ModelFormatError(f"tensor {name} is stored as {stored.type.name}, which is not supported for weights")
+        return stored
+
+    def _tell_read(self, name: str) -> None:
+        self._unread.pop(self._full(name), None)
+        if self._on_progress is not None:
+            self._on_progress(self._num_bytes - sum(self._unread.values()), self._num_bytes)
+
+    def _keeps(self, stored: StoredTensor) -> bool:
+        """Whether a weight stays in its file's format."""
+        if self.device.type != "cpu" or native is None or stored.type.name not in native.packed_formats():
+            return False
+        return stored.type.name != "F32" or self.dtype == torch.float32
+
+    def _num_interleaved_heads(self, name: str) -> int:
+        """Of a weight whose rows GGUF keeps in another order, the number of heads; else 0."""
         if self._gguf is not None and self._gguf.permutes_qk:
             for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-                if f".{part}." in name:
-                    return decode(stored, dtype, self.device, Fields(self.config).int(heads, low=1))
-        return decode(stored, dtype, self.device)
+                if f".{part}." in self._full(name):
+                    return Fields(self.config).int(heads, low=1)
+        return 0
+
+    def _load(self, stored: StoredTensor, dtype: torch.dtype, interleaved_heads: int) -> Tensor:
+        """Decode, and undo what the conversion to GGUF does to norms."""
+        if self._gguf is not None and self._gguf.adds_one_to_norms and stored.name.endswith("norm.weight"):
+            return (decode(stored, torch.float32, self.device) - 1).to(dtype)
+        return decode(stored, dtype, self.device, interleaved_heads)
 
 
 class DummyCheckpoint(Checkpoint):
     """Has every tensor that is asked for: random, the same for the same name, shape and seed."""
 
     def __init__(
-        self, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int = 0, scale: float = 0.02
+        self, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int = 0, scale: float = 0.02,
+        activations: str = "fp32",
     ) -> None:
-        super().__init__(config, dtype, device, {})
+        super().__init__(config, dtype, device, {}, activations=activations)
         self._seed = seed
         self._scale = scale
 
@@ -127,12 +167,16 @@ class DummyCheckpoint(Checkpoint):
             values += 1
         return values.to(self.device, dtype or self.dtype)
 
+    def linear(self, name: str, shape: tuple[int, int]) -> LinearWeight:
+        return Dense(self.tensor(name, shape))
+
 
 def open_checkpoint(
-    files: ModelFiles, dtype: torch.dtype, device: torch.device, on_progress: OnProgress | None = None
+    files: ModelFiles, dtype: torch.dtype, device: torch.device, on_progress: OnProgress | None = None,
+    activations: str = "fp32",
 ) -> Checkpoint:
     """The checkpoint of a model on disk; `on_progress` is called after each tensor."""
-    return Checkpoint(files.config, dtype, device, files.tensors, files.gguf_architecture, on_progress)
+    return Checkpoint(files.config, dtype, device, files.tensors, files.gguf_architecture, on_progress, activations)
 
 
 def decode(stored: StoredTensor, dtype: torch.dtype, device: torch.device, interleaved_heads: int = 0) -> Tensor:
@@ -145,10 +189,7 @@ def decode(stored: StoredTensor, dtype: torch.dtype, device: torch.device, inter
     if data.data_ptr() % 8:
         data = data.clone()
     if interleaved_heads:
-        if stored.shape[0] % (2 * interleaved_heads):
-            raise ModelFormatError(f"{stored.name} has {stored.shape[0]} rows, which are not {interleaved_heads} heads")
-        num_bytes = data.numel() // stored.shape[0]
-        data = data.view(interleaved_heads, -1, 2, num_bytes).transpose(1, 2).reshape(-1)
+        data = data.view(stored.shape[0], -1)[_half_split_rows(stored, interleaved_heads)].view(-1)
     if PLAIN.get(stored.type.name) == dtype:
         return data.view(dtype).view(stored.shape).to(device)
     block = stored.type
@@ -159,3 +200,11 @@ def decode(stored: StoredTensor, dtype: torch.dtype, device: torch.device, inter
         part = slice(start, start + step)
         weights[part] = FORMATS[block.name](blocks[part].to(device))
     return weights.view(stored.shape)
+
+
+def _half_split_rows(stored: StoredTensor, num_heads: int) -> Tensor:
+    """The rows of a weight of so many heads, whose rotary pairs are interleaved, in Hugging Face's order."""
+    num_rows = stored.shape[0]
+    if num_rows % (2 * num_heads):
+        raise ModelFormatError(f"{stored.name} has {num_rows} rows, which are not {num_heads} heads")
+    return torch.arange(num_rows).view(num_heads, -1, 2).transpose(1, 2).reshape(-1)

@@ -79,9 +79,10 @@ def open_model(path: Path) -> ModelFiles:
 
 
 def weight_bytes(files: ModelFiles) -> dict[str, int]:
-    """The memory that the weights take in each compute dtype, in bytes."""
+    """The memory that the weights take in each compute dtype, and as they are "stored", in bytes."""
     num_weights = sum(tensor.num_weights for tensor in files.tensors.values())
-    return {dtype: size * num_weights for dtype, size in DTYPE_BYTES.items()}
+    stored = sum(tensor.data.size for tensor in files.tensors.values())
+    return {"stored": stored, **{dtype: size * num_weights for dtype, size in DTYPE_BYTES.items()}}
 
 
 def _open_folder(folder: Path) -> ModelFiles:

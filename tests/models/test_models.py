@@ -21,7 +21,7 @@ from pelton.types import SamplingParams
 from pelton.weights.checkpoint import DummyCheckpoint
 from pelton.weights.files import text_config
 
-PROMPT_LEN, NEW_TOKENS, BLOCK_SIZE = 45, 12, 4
+PROMPT_LEN, NEW_TOKENS, BLOCK_SIZE = 45, 12, 16  # blocks of 16 are those the CPU's kernels read
 TOLERANCE = 1e-4  # float32, between two orders of the same sums
 
 
@@ -32,9 +32,10 @@ def make_engine(pair: Any, chunk: int = 512, num_blocks: int = 400, prefix_cachi
     config = EngineConfig(
         ModelConfig("float32", 128), cache, scheduler, DeviceConfig("cpu", 1, False, 0), (), ()
     )
-    kv = KVCache(cache, kv_layers, torch.float32, torch.device("cpu"))
+    kv = KVCache(cache, kv_layers, torch.device("cpu"))
     for layer in kv.layers:
-        layer.fill_(torch.nan)  # whoever reads a slot that was not written is found out
+        layer.key.fill_(torch.nan)  # whoever reads a slot that was not written is found out
+        layer.value.fill_(torch.nan)
     return EngineCore(Scheduler(scheduler, cache), ModelRunner(pair.model, kv, config))
 
 

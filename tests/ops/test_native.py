@@ -1,8 +1,11 @@
-"""The extension module against plain torch, on every instruction set this processor has."""
+"""The extension module: what it refuses, how it runs and records calls, and its threads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -10,83 +13,141 @@ import torch
 
 from pelton.ops.native import native, reason
 
-DIMS = [1, 7, 16, 64, 576, 577]
+pytestmark = pytest.mark.skipif(native is None, reason=reason)
+
+ROWS = torch.zeros(4, 64)
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
-def cpu(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The module, switched to one instruction set."""
-    if native is None:
-        pytest.skip(reason)
-    if request.param not in native.supported_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    before = native.isa()
-    native.set_isa(request.param)
-    yield native
-    native.set_isa(before)
+def address(offset: int = 0) -> int:
+    return ROWS.data_ptr() + offset
 
 
-def run(cpu: Any, x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    out = torch.empty_like(x)
-    dtype = str(x.dtype).removeprefix("torch.")
-    cpu.rms_norm(out.data_ptr(), x.data_ptr(), weight.data_ptr(), *x.shape, out.stride(0), x.stride(0), eps, dtype)
-    return out
-
-
-def reference(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    y = x.double()
-    return y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-
-
-@pytest.mark.parametrize("dim", DIMS)
-def test_rms_norm_float32(cpu: Any, dim: int) -> None:
-    x, weight = torch.randn(5, dim), torch.randn(dim)
-    torch.testing.assert_close(run(cpu, x, weight).double(), reference(x, weight), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("dim", DIMS)
-def test_rms_norm_bfloat16_is_rounded_once(cpu: Any, dim: int) -> None:
-    x, weight = torch.randn(5, dim).bfloat16(), torch.randn(dim)
-    exact = reference(x, weight)
-    error = (run(cpu, x, weight).double() - exact).abs()
-    assert (error <= exact.abs() * 2**-8 * 1.001).all()  # half a unit in the last of 8 bits
-
-
-def test_rms_norm_in_place_on_strided_rows(cpu: Any) -> None:
-    rows, weight = torch.randn(4, 100), torch.randn(64)
-    kept, x = rows.clone(), rows[:, :64]
-    expected = run(cpu, x.contiguous(), weight)
-    cpu.rms_norm(x.data_ptr(), x.data_ptr(), weight.data_ptr(), 4, 64, 100, 100, 1e-5, "float32")
-    assert torch.equal(rows[:, :64], expected)
-    assert torch.equal(rows[:, 64:], kept[:, 64:])
-
-
-def test_every_instruction_set_gives_the_same_bits(cpu: Any) -> None:
-    x, weight = torch.randn(9, 577), torch.randn(577)
-    here = run(cpu, x, weight), run(cpu, x.bfloat16(), weight)
-    cpu.set_isa("generic")
-    assert torch.equal(here[0], run(cpu, x, weight))
-    assert torch.equal(here[1], run(cpu, x.bfloat16(), weight))
-
-
-def test_nan_and_infinity_stay_visible(cpu: Any) -> None:
-    x = torch.tensor([[1.0, float("nan")], [float("inf"), 1.0]]).bfloat16()
-    assert run(cpu, x, torch.ones(2)).isnan().any(dim=1).all()
+CALLS: dict[str, dict[str, Any]] = {  # arguments that work
+    "rms_norm": {"out": address(), "x": address(), "weight": address(), "num_rows": 2, "dim": 8, "out_stride": 8,
+                 "x_stride": 8, "eps": 1e-5, "accumulate": False},
+    "gated": {"out": address(), "x": address(), "num_rows": 1, "dim": 8, "out_stride": 8, "x_stride": 16,
+              "gate": "silu"},
+    "softcap": {"x": address(), "num_rows": 1, "dim": 8, "stride": 8, "cap": 2.0},
+    "gather": {"out": address(), "x": address(), "ids": torch.zeros(1, dtype=torch.int64).data_ptr(), "num_rows": 0,
+               "dim": 8, "out_stride": 8, "x_stride": 8},
+}
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"out": 0}, {"x": 0}, {"weight": 0}, {"weight": 3}, {"dim": 0}, {"x_stride": 1}, {"out_stride": 1}, {"eps": -1.0},
-     {"eps": float("nan")}, {"dtype": "float16"}],
+    ("name", "change"),
+    [
+        *(("rms_norm", c) for c in (
+            {"out": 0}, {"x": 0}, {"weight": 0}, {"weight": 3}, {"dim": 0}, {"x_stride": 1}, {"out_stride": 1},
+            {"eps": -1.0}, {"eps": float("nan")},
+        )),
+        *(("gated", c) for c in ({"x": 0}, {"dim": 0}, {"x_stride": 15}, {"out_stride": 7}, {"gate": "relu"})),
+        *(("softcap", c) for c in ({"x": 0}, {"dim": 0}, {"stride": 7}, {"cap": 0.0}, {"cap": float("nan")})),
+        *(("gather", c) for c in ({"ids": 0}, {"dim": 0}, {"x_stride": 7}, {"out_stride": 7})),
+    ],
 )
-def test_arguments_are_checked(cpu: Any, change: dict[str, Any]) -> None:
-    x, weight = torch.randn(2, 8), torch.randn(8)
-    arguments = {"out": x.data_ptr(), "x": x.data_ptr(), "weight": weight.data_ptr(), "num_rows": 2, "dim": 8,
-                 "out_stride": 8, "x_stride": 8, "eps": 1e-5, "dtype": "float32"}
+def test_arguments_are_checked(name: str, change: dict[str, Any]) -> None:
+    getattr(native, name)(**CALLS[name])
     with pytest.raises(ValueError):
-        cpu.rms_norm(**arguments | change)
+        getattr(native, name)(**CALLS[name] | change)
 
 
-def test_unknown_instruction_set(cpu: Any) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("Q9_9", 16, 32), ("Q4_0", 0, 32), ("Q4_0", 16, 0), ("Q4_0", 16, 48), ("Q4_K", 16, 128), ("F32", 1 << 40, 32),
+    ],
+)
+def test_weights_that_cannot_be(arguments: tuple[str, int, int]) -> None:
+    with pytest.raises(ValueError):
+        native.Weight(*arguments)  # type: ignore[union-attr]
+
+
+def test_a_weight_takes_only_whole_rows_that_it_has() -> None:
+    weight = native.Weight("Q8_0", 20, 32)  # type: ignore[union-attr]
+    data = torch.zeros(20 * 34, dtype=torch.uint8)
+    weight.fill(0, data.data_ptr(), 20 * 34)
+    for first, num_bytes, rows in ((0, 33, []), (1, 20 * 34, []), (21, 0, []), (0, 68, [0]), (0, 68, [0, 2]),
+                                   (0, 68, [-1, 0])):
+        with pytest.raises(ValueError):
+            weight.fill(first, data.data_ptr(), num_bytes, rows)
+    with pytest.raises(ValueError):
+        weight.set_order([0] * 31)
+    with pytest.raises(ValueError):
+        weight.set_order([0] * 31 + [32])
+
+
+@pytest.mark.parametrize("change", [(5, 32), (4, 16), (4, 0), (4, 48)])
+def test_codes_that_cannot_be(change: tuple[int, int]) -> None:
+    bits, group = change
+    with pytest.raises(ValueError):
+        native.Weight.codes(bits, group, False, 8, 16, 64)  # type: ignore[union-attr]
+
+
+def test_a_product_checks_its_rows() -> None:
+    weight = native.Weight("F32", 16, 32)  # type: ignore[union-attr]
+    x, out = torch.zeros(2, 32), torch.zeros(2, 16)
+    good = {"out": out.data_ptr(), "x": x.data_ptr(), "weight": weight, "bias": 0, "num_rows": 2, "out_stride": 16,
+            "x_stride": 32, "activations": "fp32", "accumulate": False}
+    native.linear(**good)  # type: ignore[union-attr]
+    for change in ({"out_stride": 15}, {"x_stride": 31}, {"activations": "int3"}, {"x": 0}, {"out": 2}):
+        with pytest.raises(ValueError):
+            native.linear(**good | change)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "change", [{"block_size": 8}, {"block_size": 24}, {"head_size": 3}, {"head_size": 4096}, {"num_kv_heads": 0},
+               {"num_blocks": 0}, {"type": "int4"}, {"keys": 0}, {"type": "int8"}],
+)  # fmt: skip
+def test_caches_that_cannot_be(change: dict[str, Any]) -> None:
+    good = {"keys": address(), "values": address(), "key_scales": 0, "value_scales": 0, "num_blocks": 1,
+            "block_size": 16, "num_kv_heads": 1, "head_size": 8, "type": "float32"}
+    native.Cache.make(**good)  # type: ignore[union-attr]
+    with pytest.raises(ValueError):
+        native.Cache.make(**good | change)  # type: ignore[union-attr]
+
+
+def test_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match="mmx"):
-        cpu.set_isa("mmx")
+        native.set_isa("mmx")  # type: ignore[union-attr]
+
+
+def test_threads_that_cannot_be() -> None:
+    for arguments in ((0,), (5000,), (2, [0])):
+        with pytest.raises(ValueError):
+            native.set_threads(*arguments)  # type: ignore[union-attr]
+
+
+def test_a_pool_serves_several_callers_and_sizes() -> None:
+    """Calls from several threads are computed one after the other; the pool may be replaced between them."""
+    x = torch.randn(64, 64)
+    expected = torch.nn.functional.silu(x[:, :32]) * x[:, 32:]
+    failures: list[str] = []
+
+    def work() -> None:
+        for _ in range(200):
+            out = torch.empty(64, 32)
+            native.gated(out.data_ptr(), x.data_ptr(), 64, 32, 32, 64, "silu")  # type: ignore[union-attr]
+            if not torch.allclose(out, expected, atol=1e-5):
+                failures.append("wrong numbers")
+
+    for num_threads in (1, 2, 3):
+        native.set_threads(num_threads)  # type: ignore[union-attr]
+        assert native.num_threads() == num_threads  # type: ignore[union-attr]
+        callers = [threading.Thread(target=work) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    native.set_threads(2)  # type: ignore[union-attr]
+    assert not failures
+
+
+def test_the_environment_chooses_the_instruction_set() -> None:
+    script = "import pelton._cpu as c; from pelton.runner.device import use_cpu; from pelton.config import *\n" \
+             "use_cpu(DeviceConfig('cpu', 1, False, 0), Environment.read().cpu_isa); print(c.isa())"
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PELTON_CPU_ISA": "generic"},
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "generic"
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PELTON_CPU_ISA": "amx"},
+                          capture_output=True, text=True)
+    assert "PELTON_CPU_ISA=amx: this processor runs" in done.stderr

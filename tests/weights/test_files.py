@@ -53,7 +53,7 @@ def test_folder(folder: Path) -> None:
     assert files.config == {**CONFIG, "torch_dtype": "bfloat16"}
     assert files.generation_config == {"temperature": 0.6}
     assert files.gguf is None
-    assert weight_bytes(files) == {"float32": 32, "bfloat16": 16, "float16": 16}
+    assert weight_bytes(files) == {"stored": 32, "float32": 32, "bfloat16": 16, "float16": 16}
     (folder / "generation_config.json").unlink()
     assert open_model(folder).generation_config == {}
 

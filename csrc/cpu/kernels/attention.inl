@@ -1,0 +1,422 @@
+// Rotary positions with the write to the cache, and attention over the paged cache. Included once per instruction set.
+
+// --- one number of the cache ------------------------------------------------------------------------------------------
+
+// Where head g of a block begins, in elements.
+inline size_t head_start(const Cache& c, size_t block, size_t g, size_t per_head) {
+    return (block * c.num_kv_heads + g) * per_head;
+}
+inline size_t keys_per_head(const Cache& c) { return c.head_size * c.block_size; }
+inline size_t value_row(const Cache& c) { return round_up(c.head_size, 16); }
+inline size_t values_per_head(const Cache& c) { return value_row(c) * c.block_size; }
+
+// Writes `dim` numbers, `step` elements apart. Returns the scale of int8 numbers.
+inline float store_numbers(void* base, size_t at, size_t step, const float* x, size_t dim, Type type) {
+    if (type == Type::f32) {
+        for (size_t i = 0; i < dim; ++i) static_cast<float*>(base)[at + i * step] = x[i];
+        return 1.0f;
+    }
+    if (type == Type::i8) {
+        float most = 0.0f;
+        for (size_t i = 0; i < dim; ++i) {
+            const float v = std::fabs(x[i]);
+            most = v > most || v != v ? v : most;  // a NaN stays: nothing exceeds it
+        }
+        const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+        for (size_t i = 0; i < dim; ++i) {
+            const float q = x[i] * inverse;
+            static_cast<int8_t*>(base)[at + i * step] = q == q ? int8_t(std::lrint(q)) : int8_t(0);
+        }
+        return most * (1.0f / 127.0f) + (most - most);
+    }
+    for (size_t i = 0; i < dim; ++i)
+        static_cast<uint16_t*>(base)[at + i * step] = type == Type::bf16 ? to_bf16(x[i]) : to_f16(x[i]);
+    return 1.0f;
+}
+
+// Su et al., 2021, arXiv:2104.09864: turns pairs (i, i + dim / 2) by the angle of i.
+inline void rotate(float* x, const float* cos, const float* sin, size_t half) {
+    each_piece(half, [&](size_t i, size_t n) {
+        const F32 a = load_piece(x + i, n), b = load_piece(x + half + i, n);
+        const F32 c = load_piece(cos + i, n), s = load_piece(sin + i, n);
+        store_piece(x + i, f_sub(f_mul(a, c), f_mul(b, s)), n);
+        store_piece(x + half + i, f_add(f_mul(b, c), f_mul(a, s)), n);
+    });
+}
+
+inline void rope_store(const RopeStoreArgs& a, size_t num_rows, const Team& team) {
+    const Cache& c = a.cache;
+    const size_t dim = c.head_size, half = dim / 2, num_kv = c.num_kv_heads;
+    const Range mine = team.share(num_rows);
+    for (size_t r = mine.begin; r < mine.end; ++r) {
+        float* row = a.qkv + r * a.qkv_stride;
+        for (size_t h = 0; h < a.num_heads + num_kv; ++h) {
+            const float* weight = h < a.num_heads ? a.q_weight : a.k_weight;
+            if (weight) rms_norm_row(row + h * dim, row + h * dim, weight, dim, a.eps, false);
+            rotate(row + h * dim, a.cos + r * half, a.sin + r * half, half);
+        }
+        const size_t block = size_t(a.slots[r]) / c.block_size, slot = size_t(a.slots[r]) % c.block_size;
+        for (size_t g = 0; g < num_kv; ++g) {
+            const float* key = row + (a.num_heads + g) * dim;
+            const size_t key_at = head_start(c, block, g, keys_per_head(c)) + slot;
+            const size_t value_at = head_start(c, block, g, values_per_head(c)) + slot * value_row(c);
+            const float key_scale = store_numbers(c.keys, key_at, c.block_size, key, dim, c.type);
+            const float value_scale = store_numbers(c.values, value_at, 1, key + num_kv * dim, dim, c.type);
+            if (c.type == Type::i8) {
+                const size_t at = head_start(c, block, g, c.block_size) + slot;
+                c.key_scales[at] = key_scale;
+                c.value_scales[at] = value_scale;
+            }
+        }
+    }
+}
+
+// --- attention ----------------------------------------------------------------------------------------------------------
+//
+// The work is cut into tiles: some tokens of one request with the query heads that share a key head, one row for each
+// token and head. A tile walks over spans of 64 keys that begin at multiples of 64, with a running maximum and sum
+// (Milakov and Gimelshein, 2018, arXiv:1805.02867). Spans are cut at 512 keys: each such part is summed alone, then
+// the parts are added up in order, so that several threads can share a long context. What a row computes does not
+// depend on the other rows: keys it does not see count exactly nothing.
+
+constexpr size_t span_keys = 64, part_keys = 512, tile_rows = 48;
+
+#ifdef PELTON_BF16_DOT
+inline bool in_pairs(const Cache& c) { return c.type == Type::bf16; }
+#else
+inline bool in_pairs(const Cache&) { return false; }
+#endif
+
+inline F32 load_cached(const void* base, size_t at, Type type) {
+    if (type == Type::f32) return f_load(static_cast<const float*>(base) + at);
+    if (type == Type::bf16) return f_load_bf16(static_cast<const uint16_t*>(base) + at);
+    if (type == Type::f16) return f_load_f16(static_cast<const uint16_t*>(base) + at);
+    return f_load_i8(static_cast<const int8_t*>(base) + at);
+}
+
+// The memory of one thread.
+struct AttentionSpace {
+    uint32_t* query;  // each group's rows: [columns][rows]
+    uint32_t* probs;  // likewise, over keys
+    uint8_t* tiles;   // keys or values of a span, in tiles of 16
+    float* scores;    // [rows][span_keys]
+    float* part;      // [rows][D]: the part's sums of values, not yet divided
+    float* total;     // [rows][D]: the sums of the parts before
+    float* maximum;   // [rows]: of the part; then its sum of exponentials; both also for the total
+    float *sum, *total_maximum, *total_sum;
+
+    static size_t bytes(size_t dim) {
+        return 4 * (tile_rows * dim + tile_rows * span_keys * 2 + span_keys * dim + 2 * tile_rows * dim + 4 * tile_rows);
+    }
+    AttentionSpace(uint8_t* memory, size_t dim) {
+        auto at = reinterpret_cast<float*>(memory);
+        const auto take = [&](size_t n) { return at += n, at - n; };
+        tiles = reinterpret_cast<uint8_t*>(take(span_keys * dim));
+        query = reinterpret_cast<uint32_t*>(take(tile_rows * dim));
+        probs = reinterpret_cast<uint32_t*>(take(tile_rows * span_keys));
+        scores = take(tile_rows * span_keys);
+        part = take(tile_rows * dim), total = take(tile_rows * dim);
+        maximum = take(tile_rows), sum = take(tile_rows), total_maximum = take(tile_rows), total_sum = take(tile_rows);
+    }
+};
+
+// One tile and what it sees.
+struct AttentionTile {
+    const AttentionArgs& a;
+    const int64_t* blocks;        // of the request
+    size_t g;                     // key head
+    size_t per_group;             // query heads of a key head
+    size_t first_row;             // of the query, of the tile's first token
+    size_t first_position;        // of that token
+    size_t num_tokens;
+    size_t dim;                   // D, rounded up to 16
+
+    size_t num_rows() const { return num_tokens * per_group; }
+    size_t position(size_t row) const { return first_position + row / per_group; }
+    size_t sees_from(size_t position) const { return a.window && position >= a.window ? position - a.window + 1 : 0; }
+    size_t begin() const { return sees_from(first_position); }      // first key that any row sees
+    size_t end() const { return first_position + num_tokens; }      // one past the last
+    float* out(size_t row) const {
+        return a.out + (first_row + row / per_group) * a.out_stride + (g * per_group + row % per_group) * a.cache.head_size;
+    }
+    const float* query(size_t row) const {
+        return a.query + (first_row + row / per_group) * a.query_stride +
+               (g * per_group + row % per_group) * a.cache.head_size;
+    }
+};
+
+// Puts numbers [n] of a row into a group's words: as bfloat16 in pairs, or as float32.
+inline void put_words(uint32_t* out, size_t stride, const float* x, size_t n, bool pairs) {
+    if (!pairs) {
+        for (size_t i = 0; i < n; ++i) std::memcpy(out + i * stride, x + i, 4);
+        return;
+    }
+    alignas(64) uint16_t half[16];
+    for (size_t i = 0; i < n; i += 16) {
+        f_store_bf16(half, f_load(x + i));
+        for (size_t k = 0; k < 8; ++k) std::memcpy(out + (i / 2 + k) * stride, half + 2 * k, 4);
+    }
+}
+
+inline void put_queries(const AttentionTile& t, const Groups& groups, bool pairs, uint32_t* words) {
+    const size_t columns = pairs ? t.dim / 2 : t.dim;
+    alignas(64) float row_of_zeros[1024 + 16];
+    for (size_t g = 0; g < groups.count; ++g)
+        for (size_t row = groups.begin(g); row < groups.begin(g + 1); ++row) {
+            const float* x = t.query(row);
+            if (t.dim != t.a.cache.head_size) {
+                std::memset(row_of_zeros, 0, t.dim * sizeof(float));
+                std::memcpy(row_of_zeros, x, t.a.cache.head_size * sizeof(float));
+                x = row_of_zeros;
+            }
+            put_words(words + groups.begin(g) * columns + row - groups.begin(g), size_t(groups.size(g)), x, t.dim, pairs);
+        }
+}
+
+// The keys of a span as tiles of 16 keys x D columns. Keys outside [begin, end) become zeros: their memory may hold
+// anything.
+inline void open_keys(const AttentionTile& t, size_t span, size_t begin, size_t end, uint8_t* tiles) {
+    const Cache& c = t.a.cache;
+    const F32 zero = f_set1(0.0f);
+    for (size_t i = 0; i < span_keys / 16; ++i) {
+        const size_t key = span + 16 * i;
+        if (key + 16 <= begin || key >= end) continue;
+        const size_t from = key < begin ? begin - key : 0, to = key + 16 > end ? end - key : 16;
+        const bool whole = from == 0 && to == 16;
+        const size_t block = size_t(t.blocks[key / c.block_size]), slot = key % c.block_size;
+        const size_t at = head_start(c, block, t.g, keys_per_head(c)) + slot;
+        alignas(64) float keep[16];
+        for (size_t j = 0; j < 16; ++j) keep[j] = j >= from && j < to ? 1.0f : -1.0f;
+        const F32 mask = f_load(keep);
+#ifdef PELTON_BF16_DOT
+        if (in_pairs(c)) {
+            auto out = reinterpret_cast<uint16_t*>(tiles) + 16 * t.dim * i;
+            const auto keys = static_cast<const uint16_t*>(c.keys) + at;
+            for (size_t d = 0; d < t.dim; d += 2, out += 32) {
+                if (d >= c.head_size) {
+                    std::memset(out, 0, 64);
+                    continue;
+                }
+                p_store(out, p_zip(keys + d * c.block_size, keys + (d + 1) * c.block_size));
+                if (!whole)
+                    for (size_t j = 0; j < 16; ++j)
+                        if (j < from || j >= to) out[2 * j] = out[2 * j + 1] = 0;
+            }
+            continue;
+        }
+#endif
+        float* out = reinterpret_cast<float*>(tiles) + 16 * t.dim * i;
+        for (size_t d = 0; d < t.dim; ++d, out += 16) {
+            const F32 k = d < c.head_size ? load_cached(c.keys, at + d * c.block_size, c.type) : zero;
+            f_store(out, whole ? k : f_less(zero, mask, k, zero));
+        }
+    }
+}
+
+// The values of a span as tiles of 16 columns x 64 keys; keys outside [begin, end) become zeros.
+inline void open_values(const AttentionTile& t, size_t span, size_t begin, size_t end, uint8_t* tiles) {
+    const Cache& c = t.a.cache;
+    static const uint16_t zeros[16] = {};
+    const auto at = [&](size_t key) {
+        const size_t block = size_t(t.blocks[key / c.block_size]), slot = key % c.block_size;
+        return head_start(c, block, t.g, values_per_head(c)) + slot * t.dim;
+    };
+    const auto is_seen = [&](size_t key) { return key >= begin && key < end; };
+    (void)zeros;
+#ifdef PELTON_BF16_DOT
+    if (in_pairs(c)) {
+        const auto values = static_cast<const uint16_t*>(c.values);
+        for (size_t k = 0; k < span_keys; k += 2) {
+            const uint16_t* first = is_seen(span + k) ? values + at(span + k) : nullptr;
+            const uint16_t* second = is_seen(span + k + 1) ? values + at(span + k + 1) : nullptr;
+            for (size_t d = 0; d < t.dim; d += 16)
+                p_store(reinterpret_cast<uint16_t*>(tiles) + (d * span_keys + k * 16),
+                        p_zip(first ? first + d : zeros, second ? second + d : zeros));
+        }
+        return;
+    }
+#endif
+    for (size_t k = 0; k < span_keys; ++k) {
+        const size_t key = span + k;
+        const bool seen = is_seen(key);
+        float scale = 1.0f;
+        if (seen && c.type == Type::i8)
+            scale = c.value_scales[head_start(c, size_t(t.blocks[key / c.block_size]), t.g, c.block_size) +
+                                   key % c.block_size];
+        for (size_t d = 0; d < t.dim; d += 16)
+            f_store(reinterpret_cast<float*>(tiles) + (d * span_keys + k * 16),
+                    seen ? f_mul(load_cached(c.values, at(key) + d, c.type), f_set1(scale)) : f_set1(0.0f));
+    }
+}
+
+// The products of a tile of `columns` with the rows of a group, into sums [rows][16].
+inline void dot_group(int num_rows, const uint32_t* words, const uint8_t* tile, size_t columns, bool pairs, float* out) {
+    with_rows(num_rows, [&](auto rows) {
+        F32 sums[rows];
+#ifdef PELTON_BF16_DOT
+        if (pairs)
+            dot_pairs<rows>(sums, tile, columns, words);
+        else
+#endif
+            dot_numbers<rows, float>(sums, tile, columns, words);
+        for (int r = 0; r < rows; ++r) f_store(out + 16 * r, sums[r]);
+    });
+    (void)pairs;
+}
+
+// Calls put(row, sums) with the products of a tile of `columns` and each row.
+template <typename Put>
+inline void dot_rows(const Groups& groups, const uint32_t* words, const uint8_t* tile, size_t columns, bool pairs,
+                     Put&& put) {
+    const size_t words_per_row = pairs ? columns / 2 : columns;
+    alignas(64) float sums[16 * max_group];
+    for (size_t g = 0; g < groups.count; ++g) {
+        dot_group(groups.size(g), words + groups.begin(g) * words_per_row, tile, columns, pairs, sums);
+        for (int r = 0; r < groups.size(g); ++r) put(groups.begin(g) + r, f_load(sums + 16 * r));
+    }
+}
+
+// Scores of a span, scaled, and minus infinity where a row does not see the key: scores [rows][64].
+inline void score_span(const AttentionTile& t, const Groups& groups, size_t span, bool pairs, const AttentionSpace& s) {
+    const AttentionArgs& a = t.a;
+    const Cache& c = a.cache;
+    const size_t begin = std::max(span, t.begin()), end = std::min(span + span_keys, t.end());
+    open_keys(t, span, begin, end, s.tiles);
+    static const float counts[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const F32 lanes = f_load(counts), nothing = f_set1(-std::numeric_limits<float>::infinity());
+    for (size_t i = 0; i < span_keys / 16; ++i) {
+        const size_t key = span + 16 * i;
+        if (key + 16 <= begin || key >= end) {
+            for (size_t row = 0; row < t.num_rows(); ++row) f_store(s.scores + row * span_keys + 16 * i, nothing);
+            continue;
+        }
+        F32 factor = f_set1(a.scale);
+        if (c.type == Type::i8)
+            factor = f_mul(factor, f_load(c.key_scales + head_start(c, size_t(t.blocks[key / c.block_size]), t.g,
+                                                                    c.block_size) + key % c.block_size));
+        dot_rows(groups, s.query, s.tiles + 16 * t.dim * i * (pairs ? 2 : 4), t.dim, pairs, [&](size_t row, F32 y) {
+            y = f_mul(y, factor);
+            if (a.softcap > 0.0f) y = f_mul(f_set1(a.softcap), f_tanh(f_mul(y, f_set1(1.0f / a.softcap))));
+            const size_t position = t.position(row);
+            if (key + 15 > position || key < t.sees_from(position)) {
+                const float from = float(ptrdiff_t(t.sees_from(position)) - ptrdiff_t(key));
+                const float to = float(ptrdiff_t(position) - ptrdiff_t(key));
+                y = f_less(lanes, f_set1(from), nothing, f_less(f_set1(to), lanes, nothing, y));
+            }
+            f_store(s.scores + row * span_keys + 16 * i, y);
+        });
+    }
+}
+
+// Scores become exponentials, in the words of each group; maxima, sums and what was summed before are brought up to date.
+inline void soften_span(const AttentionTile& t, const Groups& groups, bool pairs, const AttentionSpace& s) {
+    const size_t columns = pairs ? span_keys / 2 : span_keys;
+    for (size_t g = 0; g < groups.count; ++g)
+        for (size_t row = groups.begin(g); row < groups.begin(g + 1); ++row) {
+            float* x = s.scores + row * span_keys;
+            const F32 most = f_max(f_max(f_load(x), f_load(x + 16)), f_max(f_load(x + 32), f_load(x + 48)));
+            const float before = s.maximum[row], now = std::max(before, f_hmax(most));
+            const float base = now == -std::numeric_limits<float>::infinity() ? 0.0f : now;
+            F32 sum = f_set1(0.0f);
+            for (size_t i = 0; i < span_keys; i += 16) {
+                const F32 p = f_exp(f_sub(f_load(x + i), f_set1(base)));
+                sum = f_add(sum, p);
+                f_store(x + i, p);
+            }
+            const float kept = now == before ? 1.0f : exp_one(before - base);
+            s.maximum[row] = now;
+            s.sum[row] = s.sum[row] * kept + f_sum(sum);
+            float* out = s.part + row * t.dim;
+            if (kept != 1.0f)
+                for (size_t d = 0; d < t.dim; d += 16) f_store(out + d, f_mul(f_load(out + d), f_set1(kept)));
+            put_words(s.probs + groups.begin(g) * columns + row - groups.begin(g), size_t(groups.size(g)), x, span_keys,
+                      pairs);
+        }
+}
+
+// The keys of [begin, end), within one part: leaves sums in part, maximum and sum.
+inline void attend_part(const AttentionTile& t, const Groups& groups, size_t begin, size_t end, bool pairs,
+                        const AttentionSpace& s) {
+    for (size_t row = 0; row < t.num_rows(); ++row) {
+        s.maximum[row] = -std::numeric_limits<float>::infinity();
+        s.sum[row] = 0.0f;
+    }
+    std::memset(s.part, 0, t.num_rows() * t.dim * sizeof(float));
+    for (size_t span = begin / span_keys * span_keys; span < end; span += span_keys) {
+        score_span(t, groups, span, pairs, s);
+        soften_span(t, groups, pairs, s);
+        open_values(t, span, std::max(span, t.begin()), std::min(span + span_keys, t.end()), s.tiles);
+        for (size_t d = 0; d < t.dim; d += 16)
+            dot_rows(groups, s.probs, s.tiles + d * span_keys * (pairs ? 2 : 4), span_keys, pairs,
+                     [&](size_t row, F32 y) {
+                         float* out = s.part + row * t.dim + d;
+                         f_store(out, f_add(f_load(out), y));
+                     });
+    }
+}
+
+// Adds a part to the total of one row.
+inline void add_part(float* total, float& total_maximum, float& total_sum, const float* part, float maximum, float sum,
+                     size_t dim) {
+    const float now = std::max(total_maximum, maximum);
+    if (now == -std::numeric_limits<float>::infinity()) return;
+    const float old_weight = exp_one(total_maximum - now), new_weight = exp_one(maximum - now);
+    for (size_t d = 0; d < dim; d += 16)
+        f_store(total + d, f_fma(f_load(part + d), f_set1(new_weight), f_mul(f_load(total + d), f_set1(old_weight))));
+    total_sum = total_sum * old_weight + sum * new_weight;
+    total_maximum = now;
+}
+
+inline void write_row(const AttentionTile& t, size_t row, const float* total, float sum) {
+    float* out = t.out(row);
+    each_piece(t.a.cache.head_size, [&](size_t d, size_t n) {
+        store_piece(out + d, f_div(f_load(total + d), f_set1(sum)), n);
+    });
+}
+
+inline void attend_tile(const AttentionTile& t, const AttentionSpace& s) {
+    const Groups groups(t.num_rows());
+    const bool pairs = in_pairs(t.a.cache);
+    put_queries(t, groups, pairs, s.query);
+    std::memset(s.total, 0, t.num_rows() * t.dim * sizeof(float));
+    for (size_t row = 0; row < t.num_rows(); ++row) {
+        s.total_maximum[row] = -std::numeric_limits<float>::infinity();
+        s.total_sum[row] = 0.0f;
+    }
+    for (size_t part = t.begin() / part_keys * part_keys; part < t.end(); part += part_keys) {
+        attend_part(t, groups, std::max(part, t.begin()), std::min(part + part_keys, t.end()), pairs, s);
+        for (size_t row = 0; row < t.num_rows(); ++row)
+            add_part(s.total + row * t.dim, s.total_maximum[row], s.total_sum[row], s.part + row * t.dim, s.maximum[row],
+                     s.sum[row], t.dim);
+    }
+    for (size_t row = 0; row < t.num_rows(); ++row) write_row(t, row, s.total + row * t.dim, s.total_sum[row]);
+}
+
+inline Scratch attention_scratch(const AttentionArgs& a, size_t) {
+    return {0, AttentionSpace::bytes(round_up(a.cache.head_size, 16)) + 64};
+}
+
+// Calls f(tile) for each tile of the batch, in an order that is the same for all threads.
+template <typename Function>
+inline void each_tile(const AttentionArgs& a, Function&& f) {
+    const size_t per_group = a.num_heads / a.cache.num_kv_heads, dim = round_up(a.cache.head_size, 16);
+    const size_t most_tokens = std::max<size_t>(1, tile_rows / per_group);
+    for (size_t r = 0; r < a.num_requests; ++r) {
+        const size_t begin = size_t(a.query_starts[r]), end = size_t(a.query_starts[r + 1]);
+        const size_t tiles = (end - begin + most_tokens - 1) / most_tokens;
+        for (size_t i = 0; i < tiles; ++i)
+            for (size_t g = 0; g < a.cache.num_kv_heads; ++g) {
+                const size_t row = begin + i * most_tokens, tokens = std::min(most_tokens, end - row);
+                const size_t position = size_t(a.context_lens[r]) - (end - row);
+                f(AttentionTile{a, a.block_table + r * a.table_stride, g, per_group, row, position, tokens, dim});
+            }
+    }
+}
+
+inline void attention(const AttentionArgs& a, size_t, const Team& team) {
+    const AttentionSpace space(team.local, round_up(a.cache.head_size, 16));
+    size_t i = 0;
+    each_tile(a, [&](const AttentionTile& tile) {
+        if (i++ % team.num_threads == team.thread) attend_tile(tile, space);
+    });
+}

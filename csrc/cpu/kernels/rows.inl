@@ -1,0 +1,99 @@
+// What is done to rows of activations between matrix products. Included once per instruction set.
+
+// Squares are summed in 16 lanes, whatever the instruction set.
+inline float sum_of_squares(const float* x, size_t dim) {
+    F32 sums = f_set1(0.0f);
+    size_t i = 0;
+    for (; i + 16 <= dim; i += 16) {
+        const F32 v = f_load(x + i);
+        sums = f_fma(v, v, sums);
+    }
+    if (i < dim) {
+        const F32 v = f_load_n(x + i, dim - i);
+        sums = f_fma(v, v, sums);
+    }
+    return f_sum(sums);
+}
+
+// Calls f(i, n) for pieces of at most 16 numbers that cover dim.
+template <typename Function>
+inline void each_piece(size_t dim, Function&& f) {
+    size_t i = 0;
+    for (; i + 16 <= dim; i += 16) f(i, size_t(16));
+    if (i < dim) f(i, dim - i);
+}
+inline F32 load_piece(const float* p, size_t n) { return n == 16 ? f_load(p) : f_load_n(p, n); }
+inline void store_piece(float* p, F32 x, size_t n) { n == 16 ? f_store(p, x) : f_store_n(p, x, n); }
+
+// Zhang and Sennrich, 2019, arXiv:1910.07467.
+inline void rms_norm_row(float* out, const float* x, const float* weight, size_t dim, float eps, bool accumulate) {
+    const F32 scale = f_set1(1.0f / std::sqrt(sum_of_squares(x, dim) / float(dim) + eps));
+    each_piece(dim, [&](size_t i, size_t n) {
+        const F32 y = f_mul(f_mul(load_piece(x + i, n), scale), load_piece(weight + i, n));
+        store_piece(out + i, accumulate ? f_add(load_piece(out + i, n), y) : y, n);
+    });
+}
+
+inline void rms_norm(const RmsNormArgs& a, size_t num_rows, const Team& team) {
+    const Range mine = team.share(num_rows);
+    for (size_t r = mine.begin; r < mine.end; ++r)
+        rms_norm_row(a.out + r * a.out_stride, a.x + r * a.x_stride, a.weight, a.dim, a.eps, a.accumulate);
+}
+
+// 1 / (1 + e^-x)
+inline F32 f_sigmoid(F32 x) {
+    const F32 one = f_set1(1.0f), e = f_exp(f_sub(f_set1(0.0f), f_abs(x)));  // of -|x|: no overflow
+    return f_less(x, f_set1(0.0f), f_div(e, f_add(one, e)), f_div(one, f_add(one, e)));
+}
+// tanh(x) = 2 sigmoid(2 x) - 1; near 0, where that cancels, x - x^3 / 3 + 2 x^5 / 15
+inline F32 f_tanh(F32 x) {
+    const F32 far = f_sub(f_mul(f_set1(2.0f), f_sigmoid(f_add(x, x))), f_set1(1.0f)), square = f_mul(x, x);
+    const F32 near = f_mul(x, f_fma(square, f_fma(square, f_set1(2.0f / 15.0f), f_set1(-1.0f / 3.0f)), f_set1(1.0f)));
+    return f_less(f_abs(x), f_set1(0.1f), near, far);
+}
+
+inline void gated(const GatedArgs& a, size_t num_rows, const Team& team) {
+    const Range mine = team.share(num_rows);
+    for (size_t r = mine.begin; r < mine.end; ++r) {
+        const float* x = a.x + r * a.x_stride;
+        float* out = a.out + r * a.out_stride;
+        each_piece(a.dim, [&](size_t i, size_t n) {
+            const F32 g = load_piece(x + i, n), up = load_piece(x + a.dim + i, n);
+            F32 y;
+            if (a.gate == Gate::silu) {
+                y = f_mul(g, f_sigmoid(g));
+            } else {  // x sigmoid(2 z) = x (1 + tanh z) / 2, z = sqrt(2 / pi) (x + 0.044715 x^3)
+                const F32 z = f_mul(f_fma(f_mul(f_mul(g, g), g), f_set1(0.044715f), g), f_set1(0.7978845608f));
+                y = f_mul(g, f_sigmoid(f_add(z, z)));
+            }
+            store_piece(out + i, f_mul(y, up), n);
+        });
+    }
+}
+
+inline void softcap(const SoftcapArgs& a, size_t num_rows, const Team& team) {
+    const Range mine = team.share(num_rows);
+    for (size_t r = mine.begin; r < mine.end; ++r) {
+        float* x = a.x + r * a.stride;
+        each_piece(a.dim, [&](size_t i, size_t n) {
+            const F32 y = f_mul(load_piece(x + i, n), f_set1(1.0f / a.cap));
+            store_piece(x + i, f_mul(f_set1(a.cap), f_tanh(y)), n);
+        });
+    }
+}
+
+inline void gather(const GatherArgs& a, size_t num_rows, const Team& team) {
+    const Range mine = team.share(num_rows);
+    for (size_t r = mine.begin; r < mine.end; ++r)
+        std::memcpy(a.out + r * a.out_stride, a.x + size_t(a.ids[r]) * a.x_stride, a.dim * sizeof(float));
+}
+
+inline void angles(const AnglesArgs& a, size_t num_rows, const Team& team) {
+    const Range mine = team.share(num_rows);
+    for (size_t r = mine.begin; r < mine.end; ++r)
+        for (size_t i = 0; i < a.half; ++i) {
+            const float angle = float(a.positions[r]) * a.inv_freq[i];
+            a.cos[r * a.half + i] = std::cos(angle) * a.magnitude;
+            a.sin[r * a.half + i] = std::sin(angle) * a.magnitude;
+        }
+}
