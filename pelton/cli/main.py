@@ -18,7 +18,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP, with the OpenAI API",
     "run": "complete one prompt, or a file of prompts",
     "pull": "fetch a model, to be used later",
-    "bench": "measure latency, throughput, a running server, or what low precision costs",
+    "bench": "measure latency, throughput, a server, or what low precision costs",
 }
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
