@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
@@ -35,19 +31,18 @@ class GrammarState:
         self.matcher = matcher
         self.num_consumed = 0
 
-    def mask_(self, logits: Tensor, output_ids: Sequence[int]) -> None:
-        """Forbid in logits [V] every token that the grammar does not allow after `output_ids`: at its end, all but
-        the ends of the text.
+    def mask(self, output_ids: Sequence[int]) -> bytes:
+        """The tokens that the grammar allows after `output_ids`, at its end only the ends of the text: bit i % 8 of
+        byte i / 8 for token i.
 
         Repeating a step consumes nothing twice. GrammarError if the grammar cannot go on.
         """
         self.matcher.consume_tokens(list(output_ids[self.num_consumed :]))
         self.num_consumed = len(output_ids)
-        bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+        mask = self.matcher.compute_bitmask()
         if self.matcher.is_error():
             raise GrammarError(f"the grammar cannot go on ({self.matcher.stop_reason()}); try a simpler one")
-        allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(logits)]).bool()
-        logits.masked_fill_(~allowed.to(logits.device), -torch.inf)
+        return mask
 
     @property
     def has_ended(self) -> bool:

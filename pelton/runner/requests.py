@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pelton.engine.step import Chunk, EngineRequest, StepPlan
+from pelton.ops.sampling import SampleRow
 from pelton.runner.grammar import GrammarState
 
 
@@ -14,7 +15,13 @@ class RequestState:
         self.num_prompt = len(request.prompt_token_ids)
         self.token_ids = list(request.prompt_token_ids)  # the prompt, then what was sampled
         self.tables: list[list[int]] = [[] for _ in range(num_groups)]  # block ids, for each KV group
+        self.row: SampleRow | None = None  # made by the sampler
         self.grammar: GrammarState | None = None  # made by the sampler when the request has a grammar
+        params = request.params
+        self.is_constrained = (  # what its next token is held to changes from token to token
+            request.grammar is not None or bool(request.bad_words_token_ids) or params.min_tokens > 0
+            or bool(params.logits_processors) or params.thinking_token_budget is not None
+        )
 
     @property
     def output_ids(self) -> list[int]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pelton.engine.step import EngineRequest
+from pelton.runner.logprobs import NON_FINITE
 from pelton.runner.requests import RequestState
-from pelton.runner.sampler import NON_FINITE, Sampler, uniform
+from pelton.runner.sampler import Sampler
 from pelton.types import SamplingParams
 
 VOCAB = 50
@@ -69,13 +70,6 @@ def test_seed_decides_alone() -> None:
     assert draw([*others, state(request_id=3, **mine)], [logits(1), logits(2), logits(5)])[2] == alone
     steps = {draw([state(output=[4] * i, **mine)], [logits(5)])[0][0] for i in range(40)}
     assert len(steps) > 10  # each step draws anew
-
-
-def test_uniform_is_uniform() -> None:
-    values = torch.tensor([uniform(3, i) for i in range(20000)])
-    assert float(values.min()) >= 0 and float(values.max()) < 1
-    histogram = torch.histc(values, bins=20, min=0, max=1)
-    assert float((histogram - 1000).abs().max()) < 150
 
 
 def test_repetition_penalty_covers_prompt_and_output() -> None:
