@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -14,6 +15,8 @@
 
 namespace nb = nanobind;
 using namespace pelton;
+
+void bind_sample(nb::module_& m);  // bind_sample.cpp
 
 namespace {
 
@@ -64,6 +67,27 @@ void replay_parts(const std::vector<std::pair<Program*, size_t>>& parts) {
     replay(list);
 }
 
+// Seconds each call of a program takes, its barrier included: (kernel's name, seconds).
+std::vector<std::pair<std::string, double>> profile(const Program& program, size_t num_rows) {
+    require(num_rows <= program.max_rows(), "more rows than the program was recorded for");
+    using Clock = std::chrono::steady_clock;
+    std::vector<std::pair<std::string, double>> times;
+    pool().run(
+        [&](const Team& team) {
+            auto start = Clock::now();
+            for (const Call& call : program.calls()) {
+                call.run(call, num_rows, team);
+                team.barrier();
+                if (team.thread != 0) continue;
+                const auto end = Clock::now();
+                times.emplace_back(call.name, std::chrono::duration<double>(end - start).count());
+                start = end;
+            }
+        },
+        program.scratch());
+    return times;
+}
+
 // --- weights and their products ---------------------------------------------------------------------------------------
 
 void fill(PackedWeight& weight, size_t first_row, uintptr_t blocks, size_t num_bytes, const std::vector<int32_t>& rows) {
@@ -95,14 +119,14 @@ void linear(uintptr_t out, uintptr_t x, const PackedWeight& weight, uintptr_t bi
     LinearArgs args{pointer<float>(out, "out"), pointer<const float>(x, "x"), &w,
                     pointer_or_null<const float>(bias, "bias"), out_stride, x_stride, parse_activations(activations),
                     accumulate};
-    run(Call::make(kernels().linear, args, kernels().linear_scratch(args, num_rows)), num_rows);
+    run(Call::make("linear", kernels().linear, args, kernels().linear_scratch(args, num_rows)), num_rows);
 }
 
 void embed(uintptr_t out, uintptr_t ids, const PackedWeight& weight, size_t num_rows, size_t out_stride, float scale) {
     const Weight& w = weight.weight();
     require(out_stride >= w.num_in, "embed: rows are shorter than the weight");
     EmbedArgs args{pointer<float>(out, "out"), pointer<const int64_t>(ids, "ids"), &w, out_stride, scale};
-    run(Call::make(kernels().embed, args, {0, w.num_blocks * 32 * 64 + 64}), num_rows);
+    run(Call::make("embed", kernels().embed, args, {0, w.num_blocks * 32 * 64 + 64}), num_rows);
 }
 
 // --- rows -------------------------------------------------------------------------------------------------------------
@@ -113,7 +137,7 @@ void rms_norm(uintptr_t out, uintptr_t x, uintptr_t weight, size_t num_rows, siz
     require(eps >= 0, "rms_norm needs eps >= 0");
     RmsNormArgs args{pointer<float>(out, "out"), pointer<const float>(x, "x"), pointer<const float>(weight, "weight"),
                      dim, out_stride, x_stride, eps, accumulate};
-    run(Call::make(kernels().rms_norm, args), num_rows);
+    run(Call::make("rms_norm", kernels().rms_norm, args), num_rows);
 }
 
 void gated(uintptr_t out, uintptr_t x, size_t num_rows, size_t dim, size_t out_stride, size_t x_stride,
@@ -122,19 +146,19 @@ void gated(uintptr_t out, uintptr_t x, size_t num_rows, size_t dim, size_t out_s
     require(gate == "silu" || gate == "gelu_tanh", "gated knows silu and gelu_tanh");
     GatedArgs args{pointer<float>(out, "out"), pointer<const float>(x, "x"), dim, out_stride, x_stride,
                    gate == "silu" ? Gate::silu : Gate::gelu_tanh};
-    run(Call::make(kernels().gated, args), num_rows);
+    run(Call::make("gated", kernels().gated, args), num_rows);
 }
 
 void softcap(uintptr_t x, size_t num_rows, size_t dim, size_t stride, float cap) {
     require(dim >= 1 && stride >= dim && cap > 0, "softcap needs dim >= 1, a stride of at least dim and cap > 0");
-    run(Call::make(kernels().softcap, SoftcapArgs{pointer<float>(x, "x"), dim, stride, cap}), num_rows);
+    run(Call::make("softcap", kernels().softcap, SoftcapArgs{pointer<float>(x, "x"), dim, stride, cap}), num_rows);
 }
 
 void gather(uintptr_t out, uintptr_t x, uintptr_t ids, size_t num_rows, size_t dim, size_t out_stride, size_t x_stride) {
     require(dim >= 1 && out_stride >= dim && x_stride >= dim, "gather needs dim >= 1 and strides of at least dim");
     GatherArgs args{pointer<float>(out, "out"), pointer<const float>(x, "x"), pointer<const int64_t>(ids, "ids"), dim,
                     out_stride, x_stride};
-    run(Call::make(kernels().gather, args), num_rows);
+    run(Call::make("gather", kernels().gather, args), num_rows);
 }
 
 // --- attention ----------------------------------------------------------------------------------------------------------
@@ -167,7 +191,7 @@ void angles(uintptr_t cos, uintptr_t sin, uintptr_t positions, uintptr_t inv_fre
     require(half >= 1, "angles needs a head size");
     AnglesArgs args{pointer<float>(cos, "cos"), pointer<float>(sin, "sin"), pointer<const int64_t>(positions, "positions"),
                     pointer<const float>(inv_freq, "inv_freq"), half, magnitude};
-    run(Call::make(kernels().angles, args), num_rows);
+    run(Call::make("angles", kernels().angles, args), num_rows);
 }
 
 void rope_store(uintptr_t qkv, uintptr_t cos, uintptr_t sin, uintptr_t q_weight, uintptr_t k_weight, uintptr_t slots,
@@ -177,7 +201,7 @@ void rope_store(uintptr_t qkv, uintptr_t cos, uintptr_t sin, uintptr_t q_weight,
                        pointer_or_null<const float>(q_weight, "q_weight"),
                        pointer_or_null<const float>(k_weight, "k_weight"), pointer<const int64_t>(slots, "slots"), cache,
                        qkv_stride, num_heads, eps};
-    run(Call::make(kernels().rope_store, args), num_rows);
+    run(Call::make("rope_store", kernels().rope_store, args), num_rows);
 }
 
 void attention(uintptr_t out, uintptr_t query, uintptr_t query_starts, uintptr_t context_lens, uintptr_t block_table,
@@ -191,7 +215,7 @@ void attention(uintptr_t out, uintptr_t query, uintptr_t query_starts, uintptr_t
                        pointer<const int64_t>(context_lens, "context_lens"),
                        pointer<const int64_t>(block_table, "block_table"), cache, num_requests, table_stride, num_heads,
                        out_stride, query_stride, window, scale, softcap};
-    run(Call::make(kernels().attention, args, kernels().attention_scratch(args, num_rows)), num_rows);
+    run(Call::make("attention", kernels().attention, args, kernels().attention_scratch(args, num_rows)), num_rows);
 }
 
 }  // namespace
@@ -215,6 +239,9 @@ NB_MODULE(_cpu, m) {
     m.def("begin_recording", begin_recording, nb::arg("program"), "From now on, this thread's calls are not run but kept.");
     m.def("end_recording", end_recording);
     m.def("replay", replay_parts, nb::arg("parts"), "Run (program, rows) pairs one after the other.");
+
+    m.def("profile", profile, nb::arg("program"), nb::arg("num_rows"),
+          "Run a program: the name of each of its calls and the seconds it took.");
 
     m.def("packed_formats", packed_formats);
     nb::class_<PackedWeight>(m, "Weight", "A matrix [num_out, num_in] in the order it is multiplied in.")
@@ -247,6 +274,7 @@ NB_MODULE(_cpu, m) {
         .def_static("make", make_cache, nb::arg("keys"), nb::arg("values"), nb::arg("key_scales"),
                     nb::arg("value_scales"), nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("num_kv_heads"),
                     nb::arg("head_size"), nb::arg("type"));
+    bind_sample(m);
     m.def("rope_store", rope_store, nb::arg("qkv"), nb::arg("cos"), nb::arg("sin"), nb::arg("q_weight"),
           nb::arg("k_weight"), nb::arg("slots"), nb::arg("cache"), nb::arg("num_rows"), nb::arg("qkv_stride"),
           nb::arg("num_heads"), nb::arg("eps"));

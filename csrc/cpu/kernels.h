@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "sample.h"
 #include "team.h"
 
 namespace pelton {
@@ -178,6 +179,7 @@ struct Kernels {
     Kernel<AnglesArgs> angles;
     Kernel<RopeStoreArgs> rope_store;
     Kernel<AttentionArgs> attention;
+    Kernel<SampleArgs> sample;
     Scratch (*linear_scratch)(const LinearArgs& args, size_t num_rows);
     Scratch (*attention_scratch)(const AttentionArgs& args, size_t num_rows);
     bool has_bf16_dot;

@@ -15,15 +15,16 @@ namespace pelton {
 struct Call {
     static constexpr size_t max_args = 192;
 
+    const char* name;
     void (*run)(const Call& call, size_t num_rows, const Team& team);
     void (*kernel)();  // a Kernel<Args>, cast back by `run`
     Scratch scratch;
     alignas(16) uint8_t args[max_args];
 
     template <typename Args>
-    static Call make(Kernel<Args> kernel, const Args& args, Scratch scratch = {}) {
+    static Call make(const char* name, Kernel<Args> kernel, const Args& args, Scratch scratch = {}) {
         static_assert(sizeof(Args) <= max_args && std::is_trivially_copyable_v<Args>);
-        Call call{&Call::run_as<Args>, reinterpret_cast<void (*)()>(kernel), scratch, {}};
+        Call call{name, &Call::run_as<Args>, reinterpret_cast<void (*)()>(kernel), scratch, {}};
         std::memcpy(call.args, &args, sizeof args);
         return call;
     }
@@ -48,6 +49,7 @@ class Program {
         scratch_.shared = std::max(scratch_.shared, call.scratch.shared);
         scratch_.local = std::max(scratch_.local, call.scratch.local);
     }
+    const std::vector<Call>& calls() const { return calls_; }
     Scratch scratch() const { return scratch_; }
     void run(size_t num_rows, const Team& team) const {
         for (const Call& call : calls_) {

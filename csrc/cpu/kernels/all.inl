@@ -25,6 +25,7 @@ namespace {
 #include "linear.inl"
 #include "rows.inl"
 #include "attention.inl"
+#include "sample.inl"
 
 #ifdef PELTON_BF16_DOT
 constexpr bool has_bf16_dot = true;
@@ -34,8 +35,8 @@ constexpr bool has_bf16_dot = false;
 }  // namespace
 }  // namespace pelton
 
-#define PELTON_KERNELS(isa)                                                                                        \
-    {isa,                    pelton::linear,  pelton::embed,          pelton::rms_norm,                            \
-     pelton::gated,          pelton::softcap, pelton::gather,         pelton::angles,                              \
-     pelton::rope_store,     pelton::attention, pelton::linear_scratch, pelton::attention_scratch,                 \
-     pelton::has_bf16_dot}
+#define PELTON_KERNELS(isa)                                                                                  \
+    {isa,                    pelton::linear,         pelton::embed,             pelton::rms_norm,            \
+     pelton::gated,          pelton::softcap,        pelton::gather,            pelton::angles,              \
+     pelton::rope_store,     pelton::attention,      pelton::sample,            pelton::linear_scratch,      \
+     pelton::attention_scratch, pelton::has_bf16_dot}

@@ -96,8 +96,8 @@ inline F32 load_cached(const void* base, size_t at, Type type) {
 
 // The memory of one thread.
 struct AttentionSpace {
-    uint32_t* query;  // each group's rows: [columns][rows]
-    uint32_t* probs;  // likewise, over keys
+    uint32_t* query;  // [rows][D]: as bfloat16, or float32
+    uint32_t* probs;  // [rows][span_keys], likewise
     uint8_t* tiles;   // keys or values of a span, in tiles of 16
     float* scores;    // [rows][span_keys]
     float* part;      // [rows][D]: the part's sums of values, not yet divided
@@ -125,52 +125,60 @@ struct AttentionTile {
     const AttentionArgs& a;
     const int64_t* blocks;        // of the request
     size_t g;                     // key head
-    size_t per_group;             // query heads of a key head
+    size_t first_head;            // query heads of the tile, which share the key head
+    size_t num_heads;
     size_t first_row;             // of the query, of the tile's first token
     size_t first_position;        // of that token
     size_t num_tokens;
     size_t dim;                   // D, rounded up to 16
 
-    size_t num_rows() const { return num_tokens * per_group; }
-    size_t position(size_t row) const { return first_position + row / per_group; }
+    size_t num_rows() const { return num_tokens * num_heads; }
+    size_t position(size_t row) const { return first_position + row / num_heads; }
     size_t sees_from(size_t position) const { return a.window && position >= a.window ? position - a.window + 1 : 0; }
     size_t begin() const { return sees_from(first_position); }      // first key that any row sees
     size_t end() const { return first_position + num_tokens; }      // one past the last
     float* out(size_t row) const {
-        return a.out + (first_row + row / per_group) * a.out_stride + (g * per_group + row % per_group) * a.cache.head_size;
+        return a.out + (first_row + row / num_heads) * a.out_stride + (first_head + row % num_heads) * a.cache.head_size;
     }
     const float* query(size_t row) const {
-        return a.query + (first_row + row / per_group) * a.query_stride +
-               (g * per_group + row % per_group) * a.cache.head_size;
+        return a.query + (first_row + row / num_heads) * a.query_stride +
+               (first_head + row % num_heads) * a.cache.head_size;
     }
 };
 
-// Puts numbers [n] of a row into a group's words: as bfloat16 in pairs, or as float32.
-inline void put_words(uint32_t* out, size_t stride, const float* x, size_t n, bool pairs) {
+// Numbers [n] of a row as words: as bfloat16 in pairs, or as float32.
+inline void put_words(uint32_t* out, const float* x, size_t n, bool pairs) {
     if (!pairs) {
-        for (size_t i = 0; i < n; ++i) std::memcpy(out + i * stride, x + i, 4);
+        std::memcpy(out, x, n * 4);
         return;
     }
-    alignas(64) uint16_t half[16];
-    for (size_t i = 0; i < n; i += 16) {
-        f_store_bf16(half, f_load(x + i));
-        for (size_t k = 0; k < 8; ++k) std::memcpy(out + (i / 2 + k) * stride, half + 2 * k, 4);
+    for (size_t i = 0; i < n; i += 16) f_store_bf16(reinterpret_cast<uint16_t*>(out) + i, f_load(x + i));
+}
+
+inline void put_queries(const AttentionTile& t, bool pairs, uint32_t* words) {
+    const size_t stride = pairs ? t.dim / 2 : t.dim, size = t.a.cache.head_size;
+    alignas(64) float padded[1024 + 16] = {};
+    for (size_t row = 0; row < t.num_rows(); ++row) {
+        const float* x = t.query(row);
+        if (t.dim != size) std::memcpy(padded, x, size * sizeof(float)), x = padded;
+        put_words(words + row * stride, x, t.dim, pairs);
     }
 }
 
-inline void put_queries(const AttentionTile& t, const Groups& groups, bool pairs, uint32_t* words) {
-    const size_t columns = pairs ? t.dim / 2 : t.dim;
-    alignas(64) float row_of_zeros[1024 + 16];
-    for (size_t g = 0; g < groups.count; ++g)
-        for (size_t row = groups.begin(g); row < groups.begin(g + 1); ++row) {
-            const float* x = t.query(row);
-            if (t.dim != t.a.cache.head_size) {
-                std::memset(row_of_zeros, 0, t.dim * sizeof(float));
-                std::memcpy(row_of_zeros, x, t.a.cache.head_size * sizeof(float));
-                x = row_of_zeros;
-            }
-            put_words(words + groups.begin(g) * columns + row - groups.begin(g), size_t(groups.size(g)), x, t.dim, pairs);
-        }
+// Asks for the memory of the keys or values of [begin, end), so that it comes while something else is computed.
+inline void prefetch_blocks(const AttentionTile& t, size_t begin, size_t end, const void* base, size_t per_head) {
+    const Cache& c = t.a.cache;
+    const size_t size = c.type == Type::f32 ? 4 : c.type == Type::i8 ? 1 : 2;
+    for (size_t key = begin / c.block_size * c.block_size; key < end; key += c.block_size) {
+        const size_t at = head_start(c, size_t(t.blocks[key / c.block_size]), t.g, per_head) * size;
+        for (size_t i = 0; i < per_head * size; i += 64) __builtin_prefetch(static_cast<const char*>(base) + at + i);
+    }
+}
+inline void prefetch_keys(const AttentionTile& t, size_t begin, size_t end) {
+    prefetch_blocks(t, begin, end, t.a.cache.keys, keys_per_head(t.a.cache));
+}
+inline void prefetch_values(const AttentionTile& t, size_t begin, size_t end) {
+    prefetch_blocks(t, begin, end, t.a.cache.values, values_per_head(t.a.cache));
 }
 
 // The keys of a span as tiles of 16 keys x D columns. Keys outside [begin, end) become zeros: their memory may hold
@@ -213,8 +221,8 @@ inline void open_keys(const AttentionTile& t, size_t span, size_t begin, size_t 
     }
 }
 
-// The values of a span as tiles of 16 columns x 64 keys; keys outside [begin, end) become zeros.
-inline void open_values(const AttentionTile& t, size_t span, size_t begin, size_t end, uint8_t* tiles) {
+// The first `keys` values of a span as tiles of 16 columns x keys; keys outside [begin, end) become zeros.
+inline void open_values(const AttentionTile& t, size_t span, size_t begin, size_t end, size_t keys, uint8_t* tiles) {
     const Cache& c = t.a.cache;
     static const uint16_t zeros[16] = {};
     const auto at = [&](size_t key) {
@@ -226,17 +234,17 @@ inline void open_values(const AttentionTile& t, size_t span, size_t begin, size_
 #ifdef PELTON_BF16_DOT
     if (in_pairs(c)) {
         const auto values = static_cast<const uint16_t*>(c.values);
-        for (size_t k = 0; k < span_keys; k += 2) {
+        for (size_t k = 0; k < keys; k += 2) {
             const uint16_t* first = is_seen(span + k) ? values + at(span + k) : nullptr;
             const uint16_t* second = is_seen(span + k + 1) ? values + at(span + k + 1) : nullptr;
             for (size_t d = 0; d < t.dim; d += 16)
-                p_store(reinterpret_cast<uint16_t*>(tiles) + (d * span_keys + k * 16),
+                p_store(reinterpret_cast<uint16_t*>(tiles) + (d * keys + k * 16),
                         p_zip(first ? first + d : zeros, second ? second + d : zeros));
         }
         return;
     }
 #endif
-    for (size_t k = 0; k < span_keys; ++k) {
+    for (size_t k = 0; k < keys; ++k) {
         const size_t key = span + k;
         const bool seen = is_seen(key);
         float scale = 1.0f;
@@ -244,39 +252,51 @@ inline void open_values(const AttentionTile& t, size_t span, size_t begin, size_
             scale = c.value_scales[head_start(c, size_t(t.blocks[key / c.block_size]), t.g, c.block_size) +
                                    key % c.block_size];
         for (size_t d = 0; d < t.dim; d += 16)
-            f_store(reinterpret_cast<float*>(tiles) + (d * span_keys + k * 16),
+            f_store(reinterpret_cast<float*>(tiles) + (d * keys + k * 16),
                     seen ? f_mul(load_cached(c.values, at(key) + d, c.type), f_set1(scale)) : f_set1(0.0f));
     }
 }
 
-// The products of a tile of `columns` with the rows of a group, into sums [rows][16].
-inline void dot_group(int num_rows, const uint32_t* words, const uint8_t* tile, size_t columns, bool pairs, float* out) {
+// The products of some tiles of `columns` with a group of rows: sums [tiles][rows][16].
+template <int tiles>
+inline void dot_group(int num_rows, Rows x, const uint8_t* tile, size_t columns, bool pairs, float* out) {
     with_rows(num_rows, [&](auto rows) {
-        F32 sums[rows];
+        F32 sums[tiles][rows];
 #ifdef PELTON_BF16_DOT
         if (pairs)
-            dot_pairs<rows>(sums, tile, columns, words);
+            dot_pairs<rows, tiles>(sums, tile, columns * 32, columns, x);
         else
 #endif
-            dot_numbers<rows, float>(sums, tile, columns, words);
-        for (int r = 0; r < rows; ++r) f_store(out + 16 * r, sums[r]);
+            dot_numbers<rows, tiles, float>(sums, tile, columns * 64, columns, x);
+        for (int t = 0; t < tiles; ++t)
+            for (int r = 0; r < rows; ++r) f_store(out + 16 * (t * rows + r), sums[t][r]);
     });
     (void)pairs;
 }
 
-// Calls put(row, sums) with the products of a tile of `columns` and each row.
+// Calls put(row, tile, sums) with the products of each of `num_tiles` tiles of `columns` and each row.
 template <typename Put>
-inline void dot_rows(const Groups& groups, const uint32_t* words, const uint8_t* tile, size_t columns, bool pairs,
-                     Put&& put) {
-    const size_t words_per_row = pairs ? columns / 2 : columns;
-    alignas(64) float sums[16 * max_group];
-    for (size_t g = 0; g < groups.count; ++g) {
-        dot_group(groups.size(g), words + groups.begin(g) * words_per_row, tile, columns, pairs, sums);
-        for (int r = 0; r < groups.size(g); ++r) put(groups.begin(g) + r, f_load(sums + 16 * r));
-    }
+inline void dot_rows(const Groups& groups, const uint32_t* words, size_t stride, const uint8_t* tile, size_t num_tiles,
+                     size_t columns, bool pairs, Put&& put) {
+    const size_t tile_bytes = columns * (pairs ? 32 : 64);
+    alignas(64) float sums[16 * max_group * number_tiles];
+    const auto some = [&](auto tiles, size_t first) {
+        for (size_t g = 0; g < groups.count; ++g) {
+            const int rows = groups.size(g);
+            const Rows x{words + groups.begin(g) * stride, stride};
+            dot_group<tiles>(rows, x, tile + first * tile_bytes, columns, pairs, sums);
+            for (int t = 0; t < tiles; ++t)
+                for (int r = 0; r < rows; ++r) put(groups.begin(g) + r, first + t, f_load(sums + 16 * (t * rows + r)));
+        }
+    };
+    size_t i = 0;
+    if constexpr (number_tiles > 1)
+        for (; i + number_tiles <= num_tiles; i += number_tiles) some(Int<number_tiles>{}, i);
+    for (; i < num_tiles; ++i) some(Int<1>{}, i);
 }
 
-// Scores of a span, scaled, and minus infinity where a row does not see the key: scores [rows][64].
+// Scores of a span, scaled, and minus infinity where a row does not see the key: scores [rows][64], up to the last
+// sixteen keys that some row sees.
 inline void score_span(const AttentionTile& t, const Groups& groups, size_t span, bool pairs, const AttentionSpace& s) {
     const AttentionArgs& a = t.a;
     const Cache& c = a.cache;
@@ -284,54 +304,56 @@ inline void score_span(const AttentionTile& t, const Groups& groups, size_t span
     open_keys(t, span, begin, end, s.tiles);
     static const float counts[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const F32 lanes = f_load(counts), nothing = f_set1(-std::numeric_limits<float>::infinity());
-    for (size_t i = 0; i < span_keys / 16; ++i) {
+    const size_t num_tiles = (end - span + 15) / 16;
+    F32 factors[span_keys / 16];
+    for (size_t i = 0; i < num_tiles; ++i) {
         const size_t key = span + 16 * i;
-        if (key + 16 <= begin || key >= end) {
-            for (size_t row = 0; row < t.num_rows(); ++row) f_store(s.scores + row * span_keys + 16 * i, nothing);
-            continue;
-        }
-        F32 factor = f_set1(a.scale);
+        factors[i] = f_set1(a.scale);
         if (c.type == Type::i8)
-            factor = f_mul(factor, f_load(c.key_scales + head_start(c, size_t(t.blocks[key / c.block_size]), t.g,
-                                                                    c.block_size) + key % c.block_size));
-        dot_rows(groups, s.query, s.tiles + 16 * t.dim * i * (pairs ? 2 : 4), t.dim, pairs, [&](size_t row, F32 y) {
-            y = f_mul(y, factor);
-            if (a.softcap > 0.0f) y = f_mul(f_set1(a.softcap), f_tanh(f_mul(y, f_set1(1.0f / a.softcap))));
-            const size_t position = t.position(row);
-            if (key + 15 > position || key < t.sees_from(position)) {
-                const float from = float(ptrdiff_t(t.sees_from(position)) - ptrdiff_t(key));
-                const float to = float(ptrdiff_t(position) - ptrdiff_t(key));
-                y = f_less(lanes, f_set1(from), nothing, f_less(f_set1(to), lanes, nothing, y));
-            }
-            f_store(s.scores + row * span_keys + 16 * i, y);
-        });
+            factors[i] = f_mul(factors[i], f_load(c.key_scales + head_start(c, size_t(t.blocks[key / c.block_size]), t.g,
+                                                                            c.block_size) + key % c.block_size));
     }
+    dot_rows(groups, s.query, pairs ? t.dim / 2 : t.dim, s.tiles, num_tiles, t.dim, pairs, [&](size_t row, size_t i, F32 y) {
+        const size_t key = span + 16 * i, position = t.position(row);
+        y = f_mul(y, factors[i]);
+        if (a.softcap > 0.0f) y = f_mul(f_set1(a.softcap), f_tanh(f_mul(y, f_set1(1.0f / a.softcap))));
+        if (key + 15 > position || key < t.sees_from(position)) {
+            const float from = float(ptrdiff_t(t.sees_from(position)) - ptrdiff_t(key));
+            const float to = float(ptrdiff_t(position) - ptrdiff_t(key));
+            y = f_less(lanes, f_set1(from), nothing, f_less(f_set1(to), lanes, nothing, y));
+        }
+        f_store(s.scores + row * span_keys + 16 * i, y);
+    });
 }
 
-// Scores become exponentials, in the words of each group; maxima, sums and what was summed before are brought up to date.
-inline void soften_span(const AttentionTile& t, const Groups& groups, bool pairs, const AttentionSpace& s) {
-    const size_t columns = pairs ? span_keys / 2 : span_keys;
-    for (size_t g = 0; g < groups.count; ++g)
-        for (size_t row = groups.begin(g); row < groups.begin(g + 1); ++row) {
-            float* x = s.scores + row * span_keys;
-            const F32 most = f_max(f_max(f_load(x), f_load(x + 16)), f_max(f_load(x + 32), f_load(x + 48)));
-            const float before = s.maximum[row], now = std::max(before, f_hmax(most));
-            const float base = now == -std::numeric_limits<float>::infinity() ? 0.0f : now;
-            F32 sum = f_set1(0.0f);
-            for (size_t i = 0; i < span_keys; i += 16) {
-                const F32 p = f_exp(f_sub(f_load(x + i), f_set1(base)));
-                sum = f_add(sum, p);
-                f_store(x + i, p);
-            }
-            const float kept = now == before ? 1.0f : exp_one(before - base);
-            s.maximum[row] = now;
-            s.sum[row] = s.sum[row] * kept + f_sum(sum);
-            float* out = s.part + row * t.dim;
-            if (kept != 1.0f)
-                for (size_t d = 0; d < t.dim; d += 16) f_store(out + d, f_mul(f_load(out + d), f_set1(kept)));
-            put_words(s.probs + groups.begin(g) * columns + row - groups.begin(g), size_t(groups.size(g)), x, span_keys,
-                      pairs);
+// Scores of `keys` keys become exponentials, as words; maxima, sums and what was summed before are brought up to date.
+inline void soften_span(const AttentionTile& t, size_t keys, bool pairs, const AttentionSpace& s) {
+    const size_t num_rows = t.num_rows(), stride = pairs ? span_keys / 2 : span_keys;
+    alignas(64) float base[tile_rows], kept[tile_rows];
+    for (size_t row = 0; row < num_rows; ++row) {
+        const float* x = s.scores + row * span_keys;
+        F32 most = f_load(x);
+        for (size_t i = 16; i < keys; i += 16) most = f_max(most, f_load(x + i));
+        const float before = s.maximum[row], now = std::max(before, f_hmax(most));
+        base[row] = now == -std::numeric_limits<float>::infinity() ? 0.0f : now;
+        kept[row] = before - base[row];
+        s.maximum[row] = now;
+    }
+    for (size_t row = 0; row < num_rows; row += 16) f_store(kept + row, f_exp(f_load(kept + row)));
+    for (size_t row = 0; row < num_rows; ++row) {
+        float* x = s.scores + row * span_keys;
+        F32 sum = f_set1(0.0f);
+        for (size_t i = 0; i < keys; i += 16) {
+            const F32 p = f_exp(f_sub(f_load(x + i), f_set1(base[row])));
+            sum = f_add(sum, p);
+            f_store(x + i, p);
         }
+        put_words(s.probs + row * stride, x, keys, pairs);
+        s.sum[row] = s.sum[row] * kept[row] + f_sum(sum);
+        if (kept[row] == 1.0f) continue;
+        float* out = s.part + row * t.dim;
+        for (size_t d = 0; d < t.dim; d += 16) f_store(out + d, f_mul(f_load(out + d), f_set1(kept[row])));
+    }
 }
 
 // The keys of [begin, end), within one part: leaves sums in part, maximum and sum.
@@ -343,15 +365,18 @@ inline void attend_part(const AttentionTile& t, const Groups& groups, size_t beg
     }
     std::memset(s.part, 0, t.num_rows() * t.dim * sizeof(float));
     for (size_t span = begin / span_keys * span_keys; span < end; span += span_keys) {
+        const size_t from = std::max(span, t.begin()), to = std::min(span + span_keys, t.end());
+        const size_t keys = round_up(to - span, 16);
+        prefetch_values(t, from, to);
+        if (to < t.end()) prefetch_keys(t, to, std::min(to + span_keys, t.end()));
         score_span(t, groups, span, pairs, s);
-        soften_span(t, groups, pairs, s);
-        open_values(t, span, std::max(span, t.begin()), std::min(span + span_keys, t.end()), s.tiles);
-        for (size_t d = 0; d < t.dim; d += 16)
-            dot_rows(groups, s.probs, s.tiles + d * span_keys * (pairs ? 2 : 4), span_keys, pairs,
-                     [&](size_t row, F32 y) {
-                         float* out = s.part + row * t.dim + d;
-                         f_store(out, f_add(f_load(out), y));
-                     });
+        soften_span(t, keys, pairs, s);
+        open_values(t, span, from, to, keys, s.tiles);
+        const size_t stride = pairs ? span_keys / 2 : span_keys;
+        dot_rows(groups, s.probs, stride, s.tiles, t.dim / 16, keys, pairs, [&](size_t row, size_t i, F32 y) {
+            float* out = s.part + row * t.dim + 16 * i;
+            f_store(out, f_add(f_load(out), y));
+        });
     }
 }
 
@@ -377,7 +402,8 @@ inline void write_row(const AttentionTile& t, size_t row, const float* total, fl
 inline void attend_tile(const AttentionTile& t, const AttentionSpace& s) {
     const Groups groups(t.num_rows());
     const bool pairs = in_pairs(t.a.cache);
-    put_queries(t, groups, pairs, s.query);
+    prefetch_keys(t, t.begin(), std::min(t.begin() + span_keys, t.end()));
+    put_queries(t, pairs, s.query);
     std::memset(s.total, 0, t.num_rows() * t.dim * sizeof(float));
     for (size_t row = 0; row < t.num_rows(); ++row) {
         s.total_maximum[row] = -std::numeric_limits<float>::infinity();
@@ -400,15 +426,16 @@ inline Scratch attention_scratch(const AttentionArgs& a, size_t) {
 template <typename Function>
 inline void each_tile(const AttentionArgs& a, Function&& f) {
     const size_t per_group = a.num_heads / a.cache.num_kv_heads, dim = round_up(a.cache.head_size, 16);
-    const size_t most_tokens = std::max<size_t>(1, tile_rows / per_group);
+    const size_t heads = std::min(per_group, tile_rows), most_tokens = tile_rows / heads;
     for (size_t r = 0; r < a.num_requests; ++r) {
         const size_t begin = size_t(a.query_starts[r]), end = size_t(a.query_starts[r + 1]);
-        const size_t tiles = (end - begin + most_tokens - 1) / most_tokens;
-        for (size_t i = 0; i < tiles; ++i)
-            for (size_t g = 0; g < a.cache.num_kv_heads; ++g) {
-                const size_t row = begin + i * most_tokens, tokens = std::min(most_tokens, end - row);
+        const int64_t* blocks = a.block_table + r * a.table_stride;
+        for (size_t row = begin; row < end; row += most_tokens)
+            for (size_t head = 0; head < a.num_heads;) {
+                const size_t g = head / per_group, n = std::min(heads, (g + 1) * per_group - head);
                 const size_t position = size_t(a.context_lens[r]) - (end - row);
-                f(AttentionTile{a, a.block_table + r * a.table_stride, g, per_group, row, position, tokens, dim});
+                f(AttentionTile{a, blocks, g, head, n, row, position, std::min(most_tokens, end - row), dim});
+                head += n;
             }
     }
 }

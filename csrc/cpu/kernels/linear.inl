@@ -1,18 +1,19 @@
 // Matrix products with packed weights: y = x W^T for rows x. Included once per instruction set.
 //
-// The rows are put into groups of at most `max_group`; a group's activations lie as [columns][rows], so that one
-// pointer serves all. A tile of 16 outputs is multiplied with one group after the other. Whatever the number of rows,
-// each output is the same sum in the same order: blocks of 32 columns from left to right.
+// A micro-kernel multiplies some tiles of 16 outputs with a group of rows, so that what it loads is used several times
+// and the sums stay in registers. Whatever the numbers of rows and tiles, each output is the same sum in the same
+// order: blocks of 32 columns from left to right.
 
 constexpr size_t block_columns = 32;
 #if defined(__AVX512F__)
-constexpr int max_group = 12;  // sums, and for codes integer sums, fill the 32 registers
+constexpr int max_group = 6, code_tiles = 2, number_tiles = 4;  // 24 of 32 registers are sums
 #elif defined(__AVX2__)
-constexpr int max_group = 3;
+constexpr int max_group = 3, code_tiles = 1, number_tiles = 1;
 #else
-constexpr int max_group = 2;
+constexpr int max_group = 2, code_tiles = 1, number_tiles = 1;
 #endif
-constexpr size_t rows_in_cache = 512 << 10;  // bytes of activations that stay in the second-level cache
+constexpr size_t rows_in_cache = 384 << 10;  // bytes of activations that stay in the second-level cache
+constexpr size_t prefetch_distance = 16 << 10;  // bytes, into the second-level cache; measured on Zen 4
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -44,25 +45,24 @@ inline Activations effective(const Weight& w, Activations asked) {
     return Activations::f32;
 }
 
-// One block of 32 columns of a row: [8 words of int8][scale][scale * sum, or -zero * sum, for each group] x rows.
-inline void put_int8(const float* x, const Weight& w, uint32_t* out, size_t stride) {
+// One block of 32 columns of a row: [8 words of int8][scale][scale * sum, or -zero * sum, for each group].
+inline void put_int8(const float* x, const Weight& w, uint32_t* out) {
     const F32 a = f_load(x), b = f_load(x + 16);
     const float most = f_most(a, b);
     const F32 inverse = f_set1(most > 0.0f ? 127.0f / most : 0.0f);
     const float scale = most * (1.0f / 127.0f) + (most - most);  // not a number if any x is none, or infinite
-    alignas(32) int8_t q[32];
+    int8_t* q = reinterpret_cast<int8_t*>(out);
     f_store_i8(q, f_mul(a, inverse));
     f_store_i8(q + 16, f_mul(b, inverse));
-    for (int k = 0; k < 8; ++k) std::memcpy(out + k * stride, q + 4 * k, 4);
-    std::memcpy(out + 8 * stride, &scale, 4);
+    std::memcpy(out + 8, &scale, 4);
     const int32_t sums[2] = {i_sum_i8(q), i_sum_i8(q + 16)};
     const auto put = [&](size_t at, int32_t sum) {
         const float offset = scale * float(sum);
         const int32_t correction = -w.layout.zero * sum;
         if (w.layout.has_min)
-            std::memcpy(out + at * stride, &offset, 4);
+            std::memcpy(out + at, &offset, 4);
         else
-            std::memcpy(out + at * stride, &correction, 4);
+            std::memcpy(out + at, &correction, 4);
     };
     if (w.layout.group == 16)
         put(9, sums[0]), put(10, sums[1]);
@@ -70,34 +70,32 @@ inline void put_int8(const float* x, const Weight& w, uint32_t* out, size_t stri
         put(9, sums[0] + sums[1]);
 }
 
-inline void put_row(const float* x, const Weight& w, Activations kind, uint32_t* out, size_t stride) {
-    const size_t num_in = w.num_in;
+inline void put_row(const float* x, const Weight& w, Activations kind, uint32_t* out) {
     const size_t block_words = row_words(w, kind) / w.num_blocks;
     alignas(64) float part[block_columns];
-    for (size_t b = 0; b < w.num_blocks; ++b, out += block_words * stride) {
+    for (size_t b = 0; b < w.num_blocks; ++b, out += block_words) {
         const size_t first = b * block_columns;
         const float* values = x + first;
-        if (w.order || first + block_columns > num_in) {
+        if (w.order || first + block_columns > w.num_in) {
             for (size_t k = 0; k < block_columns; ++k) {
                 const size_t at = first + k;
-                part[k] = at >= num_in ? 0.0f : x[w.order ? size_t(w.order[at]) : at];
+                part[k] = at >= w.num_in ? 0.0f : x[w.order ? size_t(w.order[at]) : at];
             }
             values = part;
         }
         if (kind == Activations::i8) {
-            put_int8(values, w, out, stride);
+            put_int8(values, w, out);
         } else if (kind == Activations::bf16) {
-            alignas(64) uint16_t half[block_columns];
+            auto half = reinterpret_cast<uint16_t*>(out);
             f_store_bf16(half, f_load(values));
             f_store_bf16(half + 16, f_load(values + 16));
-            for (int k = 0; k < 16; ++k) std::memcpy(out + k * stride, half + 2 * k, 4);
         } else {
-            for (int k = 0; k < 32; ++k) std::memcpy(out + k * stride, values + k, 4);
+            std::memcpy(out, values, sizeof part);
         }
     }
 }
 
-// --- one tile times one group of rows ----------------------------------------------------------------------------------
+// --- some tiles times one group of rows ----------------------------------------------------------------------------------
 
 // Codes as they are stored.
 template <int bits, bool has_table, Scales kind, bool has_min>
@@ -162,48 +160,93 @@ inline void open_codes(const Weight& w, Source source, bool has_min, uint8_t* op
     }
 }
 
-// sums[r] = the products of a tile with row r, over all columns; words: the group's activations.
-template <int rows, int group, bool has_min, typename Source>
-inline void dot_codes(F32 (&sums)[rows], Source source, size_t num_blocks, const uint32_t* words) {
+inline int32_t int_at(const uint32_t* p) {
+    int32_t value;
+    std::memcpy(&value, p, 4);
+    return value;
+}
+inline F32 float_at(const uint32_t* p) {
+    float value;
+    std::memcpy(&value, p, 4);
+    return f_set1(value);
+}
+
+// Activations of a group: row r begins at words + r * stride.
+struct Rows {
+    const uint32_t* words;
+    size_t stride;
+    const uint32_t* at(int r) const { return words + size_t(r) * stride; }
+};
+
+template <int tiles, int rows>
+inline void clear(F32 (&sums)[tiles][rows]) {
+#pragma GCC unroll 4
+    for (int t = 0; t < tiles; ++t)
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; ++r) sums[t][r] = f_set1(0.0f);
+}
+template <int tiles, int rows>
+inline void copy(const F32 (&from)[tiles][rows], F32 (&to)[tiles][rows]) {
+#pragma GCC unroll 4
+    for (int t = 0; t < tiles; ++t)
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; ++r) to[t][r] = from[t][r];
+}
+
+// sums[t][r] = the products of tile t with row r, over all columns. `ahead`: memory to fetch while a block is computed,
+// `step` bytes for each.
+template <int rows, int tiles, int group, bool has_min, typename Source>
+inline void dot_codes(F32 (&sums)[tiles][rows], Source (&source)[tiles], size_t num_blocks, Rows x,
+                      const uint8_t* ahead = nullptr, size_t step = 0) {
     constexpr int groups = 32 / group, pairs = 4 / groups;
-    const auto word = [&](int at) {
-        int32_t value;
-        std::memcpy(&value, words + at, 4);
-        return value;
-    };
-    const auto number = [&](int at) {
-        float value;
-        std::memcpy(&value, words + at, 4);
-        return f_set1(value);
-    };
-    for (int r = 0; r < rows; ++r) sums[r] = f_set1(0.0f);
+    const uint32_t* row[rows];
+    for (int r = 0; r < rows; ++r) row[r] = x.at(r);
+    F32 own[tiles][rows];  // in registers
+    clear(own);
     for (size_t b = 0; b < num_blocks; ++b) {
+        if (ahead) {
+            for (size_t line = 0; line < step; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+            ahead += step;
+        }
 #pragma GCC unroll 2
         for (int g = 0; g < groups; ++g) {
-            I32 part[rows];
-#pragma GCC unroll 12
-            for (int r = 0; r < rows; ++r) part[r] = has_min ? i_zero() : i_set1(word((9 + g) * rows + r));
+            I32 part[tiles][rows];
+#pragma GCC unroll 6
+            for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+                for (int t = 0; t < tiles; ++t) part[t][r] = has_min ? i_zero() : i_set1(int_at(row[r] + 9 + g));
 #pragma GCC unroll 4
             for (int i = g * pairs; i < (g + 1) * pairs; ++i) {
-                U8 low, high;
-                source.load(i, low, high);
-#pragma GCC unroll 12
-                for (int r = 0; r < rows; ++r) part[r] = i_dot<Source::width>(part[r], low, word(2 * i * rows + r));
-#pragma GCC unroll 12
-                for (int r = 0; r < rows; ++r)
-                    part[r] = i_dot<Source::width>(part[r], high, word((2 * i + 1) * rows + r));
+                U8 low[tiles], high[tiles];
+#pragma GCC unroll 2
+                for (int t = 0; t < tiles; ++t) source[t].load(i, low[t], high[t]);
+#pragma GCC unroll 6
+                for (int r = 0; r < rows; ++r) {
+                    const int32_t first = int_at(row[r] + 2 * i), second = int_at(row[r] + 2 * i + 1);
+#pragma GCC unroll 2
+                    for (int t = 0; t < tiles; ++t) part[t][r] = i_dot<Source::width>(part[t][r], low[t], first);
+#pragma GCC unroll 2
+                    for (int t = 0; t < tiles; ++t) part[t][r] = i_dot<Source::width>(part[t][r], high[t], second);
+                }
             }
-            F32 scale, min;
-            source.next_scale(scale, min);
-#pragma GCC unroll 12
-            for (int r = 0; r < rows; ++r) {
-                sums[r] = f_fma(f_from_i32(part[r]), f_mul(scale, number(8 * rows + r)), sums[r]);
-                if constexpr (has_min) sums[r] = f_fma(min, number((9 + g) * rows + r), sums[r]);
+#pragma GCC unroll 2
+            for (int t = 0; t < tiles; ++t) {
+                F32 scale, min;
+                source[t].next_scale(scale, min);
+#pragma GCC unroll 6
+                for (int r = 0; r < rows; ++r) {
+                    const F32 factor = f_mul(scale, float_at(row[r] + 8));
+                    own[t][r] = f_fma(f_from_i32(part[t][r]), factor, own[t][r]);
+                    if constexpr (has_min) own[t][r] = f_fma(min, float_at(row[r] + 9 + g), own[t][r]);
+                }
             }
         }
-        source.next_block();
-        words += (9 + groups) * rows;
+#pragma GCC unroll 2
+        for (int t = 0; t < tiles; ++t) source[t].next_block();
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; ++r) row[r] += 9 + groups;
     }
+    copy(own, sums);
 }
 
 // Numbers [columns][16] of any type times float32 activations.
@@ -228,48 +271,59 @@ struct Numbers<Brain> {
     }
 };
 
-template <int rows, typename T>
-inline void dot_numbers(F32 (&sums)[rows], const uint8_t* tile, size_t columns, const uint32_t* words) {
-    const float* x = reinterpret_cast<const float*>(words);
-    for (int r = 0; r < rows; ++r) sums[r] = f_set1(0.0f);
+// sums[t][r] as above; tile t lies at tile + t * tile_bytes.
+template <int rows, int tiles, typename T>
+inline void dot_numbers(F32 (&sums)[tiles][rows], const uint8_t* tile, size_t tile_bytes, size_t columns, Rows x) {
+    F32 own[tiles][rows];  // in registers
+    clear(own);
     for (size_t k = 0; k < columns; k += 2) {
 #pragma GCC unroll 2
         for (size_t odd = 0; odd < 2; ++odd) {
-            const F32 w = Numbers<T>::load(tile, k + odd);
-#pragma GCC unroll 12
-            for (int r = 0; r < rows; ++r) sums[r] = f_fma(w, f_set1(x[(k + odd) * rows + r]), sums[r]);
+            F32 w[tiles];
+#pragma GCC unroll 4
+            for (int t = 0; t < tiles; ++t) w[t] = Numbers<T>::load(tile + t * tile_bytes, k + odd);
+#pragma GCC unroll 6
+            for (int r = 0; r < rows; ++r) {
+                const F32 value = float_at(x.at(r) + k + odd);
+#pragma GCC unroll 4
+                for (int t = 0; t < tiles; ++t) own[t][r] = f_fma(w[t], value, own[t][r]);
+            }
         }
     }
+    copy(own, sums);
 }
 
 #ifdef PELTON_BF16_DOT
-template <int rows>
-inline void dot_pairs(F32 (&sums)[rows], const uint8_t* tile, size_t columns, const uint32_t* words) {
-    const auto w = reinterpret_cast<const uint16_t*>(tile);
-    for (int r = 0; r < rows; ++r) sums[r] = f_set1(0.0f);
+template <int rows, int tiles>
+inline void dot_pairs(F32 (&sums)[tiles][rows], const uint8_t* tile, size_t tile_bytes, size_t columns, Rows x) {
+    F32 own[tiles][rows];
+    clear(own);
     for (size_t k = 0; k < columns / 2; ++k) {
-        const Pairs pair = p_load(w + 32 * k);
-#pragma GCC unroll 12
-        for (int r = 0; r < rows; ++r)
-            sums[r] = p_dot(sums[r], pair, p_set1(reinterpret_cast<const uint16_t*>(words + k * rows + r)));
+        Pairs w[tiles];
+#pragma GCC unroll 4
+        for (int t = 0; t < tiles; ++t) w[t] = p_load(reinterpret_cast<const uint16_t*>(tile + t * tile_bytes) + 32 * k);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; ++r) {
+            const Pairs value = p_set1(reinterpret_cast<const uint16_t*>(x.at(r) + k));
+#pragma GCC unroll 4
+            for (int t = 0; t < tiles; ++t) own[t][r] = p_dot(own[t][r], w[t], value);
+        }
     }
+    copy(own, sums);
 }
 #endif
 
 // --- from a tile's sums to the output --------------------------------------------------------------------------------
 
-template <int rows>
-inline void put_sums(const LinearArgs& a, size_t row, size_t tile, const F32 (&sums)[rows]) {
-    const size_t column = tile * 16, left = a.weight->num_out - column;
-    for (int r = 0; r < rows; ++r) {
-        float* out = a.out + (row + r) * a.out_stride + column;
-        F32 y = sums[r];
-        if (left >= 16) {
-            if (a.bias) y = f_add(y, f_load(a.bias + column));
-            f_store(out, a.accumulate ? f_add(f_load(out), y) : y);
-        } else {
-            if (a.bias) y = f_add(y, f_load_n(a.bias + column, left));
-            f_store_n(out, a.accumulate ? f_add(f_load_n(out, left), y) : y, left);
+template <int rows, int tiles>
+inline void put_sums(const LinearArgs& a, size_t row, size_t first_tile, const F32 (&sums)[tiles][rows]) {
+    for (int t = 0; t < tiles; ++t) {
+        const size_t column = (first_tile + t) * 16, n = std::min<size_t>(16, a.weight->num_out - column);
+        for (int r = 0; r < rows; ++r) {
+            float* out = a.out + (row + r) * a.out_stride + column;
+            F32 y = sums[t][r];
+            if (a.bias) y = f_add(y, load_piece(a.bias + column, n));
+            store_piece(out, a.accumulate ? f_add(load_piece(out, n), y) : y, n);
         }
     }
 }
@@ -284,67 +338,80 @@ inline void with_rows(int rows, Function&& f) {
 
 // --- tiles and groups -------------------------------------------------------------------------------------------------
 
-// A piece of the work: groups first..last of the rows, with the tiles begin..end.
+// What the threads of a product share, and the memory of one of them.
 struct Job {
     const LinearArgs& args;
     const Weight& weight;
     const Groups& groups;
-    const uint32_t* words;  // all groups' activations
+    const uint32_t* words;  // all rows' activations
     size_t words_per_row;
     uint8_t* local;
 
-    const uint32_t* group_words(size_t g) const { return words + groups.begin(g) * words_per_row; }
+    Rows rows(size_t g) const { return {words + groups.begin(g) * words_per_row, words_per_row}; }
+    size_t columns() const { return weight.num_blocks * block_columns; }
 
-    // For each group of the piece: dot(Int<rows>, sums, group's words), then the sums to the output.
-    template <typename Dot>
-    void each_group(size_t tile, Range range, Dot&& dot) const {
+    // For each group of a range: dot(Int<rows>, sums, group's rows), then the sums to the output.
+    template <int tiles, typename Dot>
+    void each_group(size_t first_tile, Range range, Dot&& dot) const {
         for (size_t g = range.begin; g < range.end; ++g)
-            with_rows(groups.size(g), [&](auto rows) {
-                F32 sums[rows];
-                dot(rows, sums, group_words(g));
-                put_sums<rows>(args, groups.begin(g), tile, sums);
+            with_rows(groups.size(g), [&](auto n) {
+                F32 sums[tiles][n];
+                dot(n, sums, rows(g));
+                put_sums<n, tiles>(args, groups.begin(g), first_tile, sums);
             });
     }
 };
 
-// Few rows are multiplied with the codes as they are stored; for more, a tile is unpacked once.
-constexpr int most_packed_rows = max_group < 4 ? max_group : 4;
-
+// One group is multiplied with the codes as they are stored; for more, tiles are unpacked once.
 inline void dot_packed(const Job& job, size_t tile, size_t g) {
     const Weight& w = job.weight;
+    const uint8_t* ahead = w.tile(tile) + prefetch_distance;
+    const size_t step = w.tile_bytes / w.num_blocks;
     with_codes(w.layout, [&](auto bits, auto table, auto group, auto kind, auto has_min) {
         using Source = PackedCodes<bits, table, kind, has_min>;
-        with_rows<most_packed_rows>(job.groups.size(g), [&](auto rows) {
-            F32 sums[rows];
-            dot_codes<rows, group, has_min>(sums, Source(w, w.tile(tile)), w.num_blocks, job.group_words(g));
-            put_sums<rows>(job.args, job.groups.begin(g), tile, sums);
+        job.each_group<1>(tile, {g, g + 1}, [&](auto n, auto& sums, Rows rows) {
+            Source source[1] = {Source(w, w.tile(tile))};
+            dot_codes<n, 1, group, has_min>(sums, source, w.num_blocks, rows, ahead, step);
         });
     });
 }
 
-template <int group, bool wide, bool has_min>
-inline void dot_open(const Job& job, size_t tile, Range groups) {
-    job.each_group(tile, groups, [&](auto rows, auto& sums, const uint32_t* words) {
-        dot_codes<rows, group, has_min>(sums, OpenCodes<wide, has_min>(job.weight, job.local), job.weight.num_blocks,
-                                        words);
+inline size_t open_bytes(const Weight& w) { return w.num_blocks * (512 + 4 * 64); }
+
+template <int tiles, int group, bool wide, bool has_min>
+inline void dot_open(const Job& job, size_t first_tile, Range groups) {
+    using Source = OpenCodes<wide, has_min>;
+    const Weight& w = job.weight;
+    job.each_group<tiles>(first_tile, groups, [&](auto n, auto& sums, Rows rows) {
+        if constexpr (tiles == 2) {
+            Source source[2] = {Source(w, job.local), Source(w, job.local + open_bytes(w))};
+            dot_codes<n, tiles, group, has_min>(sums, source, w.num_blocks, rows);
+        } else {
+            Source source[1] = {Source(w, job.local)};
+            dot_codes<n, tiles, group, has_min>(sums, source, w.num_blocks, rows);
+        }
     });
 }
 
-inline void tile_codes(const Job& job, size_t tile, Range groups) {
+template <int tiles>
+inline void tiles_of_codes(const Job& job, size_t first_tile, Range groups) {
     const Weight& w = job.weight;
     const Layout& layout = w.layout;
-    if (groups.end - groups.begin == 1 && job.groups.size(groups.begin) <= most_packed_rows)
-        return dot_packed(job, tile, groups.begin);
     with_codes(layout, [&](auto bits, auto table, auto, auto kind, auto has_min) {
-        open_codes(w, PackedCodes<bits, table, kind, has_min>(w, w.tile(tile)), has_min, job.local);
+        for (int t = 0; t < tiles; ++t)
+            open_codes(w, PackedCodes<bits, table, kind, has_min>(w, w.tile(first_tile + t)), has_min,
+                       job.local + t * open_bytes(w));
     });
-    const bool wide = layout.bits == 8 || layout.has_table;
+    const auto dot = [&](auto group, auto wide) {
+        layout.has_min ? dot_open<tiles, group, wide, true>(job, first_tile, groups)
+                       : dot_open<tiles, group, wide, false>(job, first_tile, groups);
+    };
     if (layout.group == 16)
-        layout.has_min ? dot_open<16, false, true>(job, tile, groups) : dot_open<16, false, false>(job, tile, groups);
-    else if (wide)
-        layout.has_min ? dot_open<32, true, true>(job, tile, groups) : dot_open<32, true, false>(job, tile, groups);
+        dot(Int<16>{}, std::false_type{});
+    else if (layout.bits == 8 || layout.has_table)
+        dot(Int<32>{}, std::true_type{});
     else
-        layout.has_min ? dot_open<32, false, true>(job, tile, groups) : dot_open<32, false, false>(job, tile, groups);
+        dot(Int<32>{}, std::false_type{});
 }
 
 // Writes a tile's weights as float32 [columns][16].
@@ -397,52 +464,83 @@ inline void open_numbers(const Weight& w, size_t tile, float* out) {
     }
 }
 
-inline void tile_numbers(const Job& job, size_t tile, Range groups) {
-    const Weight& w = job.weight;
+// Weights opened to float32 are followed by the same as pairs of bfloat16, where those are multiplied.
+inline const uint8_t* open_pairs(const Weight& w, size_t tile, uint8_t* local) {
     const size_t columns = w.num_blocks * block_columns;
-    const auto multiply = [&](auto type, const uint8_t* data) {
-        job.each_group(tile, groups, [&](auto rows, auto& sums, const uint32_t* words) {
-            dot_numbers<rows, decltype(type)>(sums, data, columns, words);
-        });
-    };
-    if (w.layout.storage != Storage::numbers) {
-        open_numbers(w, tile, reinterpret_cast<float*>(job.local));
-        return multiply(float{}, job.local);
+    float* open = reinterpret_cast<float*>(local);
+    auto pairs = reinterpret_cast<uint16_t*>(local + columns * 64);
+    open_numbers(w, tile, open);
+    for (size_t k = 0; k < columns; k += 2, pairs += 32) {
+        alignas(64) uint16_t even[16], odd[16];
+        f_store_bf16(even, f_load(open + 16 * k));
+        f_store_bf16(odd, f_load(open + 16 * k + 16));
+        for (int r = 0; r < 16; ++r) pairs[2 * r] = even[r], pairs[2 * r + 1] = odd[r];
     }
-    if (w.layout.type == Type::f32) return multiply(float{}, w.tile(tile));
-    if (w.layout.type == Type::f16) return multiply(Half{}, w.tile(tile));
-    multiply(Brain{}, w.tile(tile));
+    return local + columns * 64;
 }
 
-#ifdef PELTON_BF16_DOT
-inline void tile_pairs(const Job& job, size_t tile, Range groups) {
+// Tiles of numbers, or (one at a time) of what is opened to numbers.
+template <int tiles>
+inline void tiles_of_numbers(const Job& job, size_t first_tile, Range groups, bool pairs) {
     const Weight& w = job.weight;
-    const size_t columns = w.num_blocks * block_columns;
-    const uint8_t* data = w.tile(tile);
-    if (w.layout.storage != Storage::numbers) {
-        float* open = reinterpret_cast<float*>(job.local);
-        auto pairs = reinterpret_cast<uint16_t*>(job.local + columns * 64);
-        data = job.local + columns * 64;
-        open_numbers(w, tile, open);
-        for (size_t k = 0; k < columns; k += 2, pairs += 32) {
-            alignas(64) uint16_t even[16], odd[16];
-            f_store_bf16(even, f_load(open + 16 * k));
-            f_store_bf16(odd, f_load(open + 16 * k + 16));
-            for (int r = 0; r < 16; ++r) pairs[2 * r] = even[r], pairs[2 * r + 1] = odd[r];
-        }
+    const bool stored = w.layout.storage == Storage::numbers;
+    const uint8_t* data = w.tile(first_tile);
+#ifdef PELTON_BF16_DOT
+    if (pairs) {
+        if (!stored) data = open_pairs(w, first_tile, job.local);
+        return job.each_group<tiles>(first_tile, groups, [&](auto n, auto& sums, Rows rows) {
+            dot_pairs<n, tiles>(sums, data, w.tile_bytes, job.columns(), rows);
+        });
     }
-    job.each_group(tile, groups, [&](auto rows, auto& sums, const uint32_t* words) {
-        dot_pairs<rows>(sums, data, columns, words);
-    });
-}
 #endif
+    (void)pairs;
+    const auto multiply = [&](auto type) {
+        job.each_group<tiles>(first_tile, groups, [&](auto n, auto& sums, Rows rows) {
+            dot_numbers<n, tiles, decltype(type)>(sums, data, w.tile_bytes, job.columns(), rows);
+        });
+    };
+    if (!stored) {
+        open_numbers(w, first_tile, reinterpret_cast<float*>(job.local));
+        data = job.local;
+        return multiply(float{});
+    }
+    if (w.layout.type == Type::f32) return multiply(float{});
+    if (w.layout.type == Type::f16) return multiply(Half{});
+    multiply(Brain{});
+}
+
+// Tiles begin..end with a range of groups.
+inline void multiply_tiles(const Job& job, Range tiles, Range groups, Activations kind) {
+    size_t tile = tiles.begin;
+    if (kind == Activations::i8) {
+        if (groups.end - groups.begin == 1) {
+            for (; tile < tiles.end; ++tile) dot_packed(job, tile, groups.begin);
+            return;
+        }
+        if constexpr (code_tiles > 1)
+            for (; tile + code_tiles <= tiles.end; tile += code_tiles) tiles_of_codes<code_tiles>(job, tile, groups);
+        for (; tile < tiles.end; ++tile) tiles_of_codes<1>(job, tile, groups);
+        return;
+    }
+    const bool pairs = kind == Activations::bf16;
+    if constexpr (number_tiles > 1)
+        if (job.weight.layout.storage == Storage::numbers)
+            for (; tile + number_tiles <= tiles.end; tile += number_tiles)
+                tiles_of_numbers<number_tiles>(job, tile, groups, pairs);
+    for (; tile < tiles.end; ++tile) tiles_of_numbers<1>(job, tile, groups, pairs);
+}
+
+// Whether rows of float32 can be multiplied where they are.
+inline bool takes_rows(const Weight& w, Activations kind) {
+    return kind == Activations::f32 && !w.order && w.num_in % block_columns == 0;
+}
 
 inline Scratch linear_scratch(const LinearArgs& a, size_t num_rows) {
     const Weight& w = *a.weight;
     const Activations kind = effective(w, a.activations);
     const size_t columns = w.num_blocks * block_columns;
-    const size_t open = kind == Activations::i8 ? columns * 16 + w.num_blocks * 4 * 64 : columns * (64 + 32);
-    return {num_rows * row_words(w, kind) * 4 + 64, open + 64};
+    const size_t open = kind == Activations::i8 ? code_tiles * open_bytes(w) : columns * (64 + 32);
+    return {takes_rows(w, kind) ? 0 : num_rows * row_words(w, kind) * 4 + 64, open + 64};
 }
 
 inline void linear(const LinearArgs& a, size_t num_rows, const Team& team) {
@@ -450,34 +548,26 @@ inline void linear(const LinearArgs& a, size_t num_rows, const Team& team) {
     const Weight& w = *a.weight;
     const Activations kind = effective(w, a.activations);
     const Groups groups(num_rows);
-    const size_t words_per_row = row_words(w, kind);
-    const auto words = reinterpret_cast<uint32_t*>(team.shared);
-
-    const Range mine = team.share(num_rows);
-    for (size_t row = mine.begin; row < mine.end; ++row) {
-        size_t g = row * groups.count / num_rows;  // at most one off: the sizes differ by one
-        while (groups.begin(g + 1) <= row) ++g;
-        while (groups.begin(g) > row) --g;
-        uint32_t* out = words + groups.begin(g) * words_per_row + (row - groups.begin(g));
-        put_row(a.x + row * a.x_stride, w, kind, out, size_t(groups.size(g)));
+    const bool in_place = takes_rows(w, kind);
+    const size_t words_per_row = in_place ? a.x_stride : row_words(w, kind);
+    auto words = reinterpret_cast<const uint32_t*>(a.x);
+    if (!in_place) {
+        const auto out = reinterpret_cast<uint32_t*>(team.shared);
+        const Range mine = team.share(num_rows);
+        for (size_t row = mine.begin; row < mine.end; ++row)
+            put_row(a.x + row * a.x_stride, w, kind, out + row * words_per_row);
+        words = out;
+        team.barrier();
     }
-    team.barrier();
-
     const Job job{a, w, groups, words, words_per_row, team.local};
     const size_t groups_per_piece = std::max<size_t>(1, rows_in_cache / (words_per_row * 4 * max_group));
     const size_t pieces = (groups.count + groups_per_piece - 1) / groups_per_piece, tiles = w.num_tiles();
     const Range work = team.share(pieces * tiles);
-    for (size_t i = work.begin; i < work.end; ++i) {
-        const size_t piece = i / tiles, tile = i % tiles;
-        const Range range{piece * groups.count / pieces, (piece + 1) * groups.count / pieces};
-        if (kind == Activations::i8)
-            tile_codes(job, tile, range);
-#ifdef PELTON_BF16_DOT
-        else if (kind == Activations::bf16)
-            tile_pairs(job, tile, range);
-#endif
-        else
-            tile_numbers(job, tile, range);
+    for (size_t i = work.begin; i < work.end;) {
+        const size_t piece = i / tiles, first = i % tiles, count = std::min(tiles - first, work.end - i);
+        multiply_tiles(job, {first, first + count}, {piece * groups.count / pieces, (piece + 1) * groups.count / pieces},
+                       kind);
+        i += count;
     }
 }
 

@@ -15,16 +15,6 @@ inline float sum_of_squares(const float* x, size_t dim) {
     return f_sum(sums);
 }
 
-// Calls f(i, n) for pieces of at most 16 numbers that cover dim.
-template <typename Function>
-inline void each_piece(size_t dim, Function&& f) {
-    size_t i = 0;
-    for (; i + 16 <= dim; i += 16) f(i, size_t(16));
-    if (i < dim) f(i, dim - i);
-}
-inline F32 load_piece(const float* p, size_t n) { return n == 16 ? f_load(p) : f_load_n(p, n); }
-inline void store_piece(float* p, F32 x, size_t n) { n == 16 ? f_store(p, x) : f_store_n(p, x, n); }
-
 // Zhang and Sennrich, 2019, arXiv:1910.07467.
 inline void rms_norm_row(float* out, const float* x, const float* weight, size_t dim, float eps, bool accumulate) {
     const F32 scale = f_set1(1.0f / std::sqrt(sum_of_squares(x, dim) / float(dim) + eps));

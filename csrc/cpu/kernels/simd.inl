@@ -38,3 +38,13 @@ inline float exp_one(float x) {
     f_store(lanes, f_exp(f_set1(x)));
     return lanes[0];
 }
+
+// Calls f(i, n) for pieces of at most 16 numbers that cover dim.
+template <typename Function>
+inline void each_piece(size_t dim, Function&& f) {
+    size_t i = 0;
+    for (; i + 16 <= dim; i += 16) f(i, size_t(16));
+    if (i < dim) f(i, dim - i);
+}
+inline F32 load_piece(const float* p, size_t n) { return n == 16 ? f_load(p) : f_load_n(p, n); }
+inline void store_piece(float* p, F32 x, size_t n) { n == 16 ? f_store(p, x) : f_store_n(p, x, n); }
