@@ -83,7 +83,9 @@ class EngineArgs:
             raise ConfigError(f"--device {self.device} is unknown; choose auto, cpu or cuda")
         self.kv_cache_dtype = DTYPE_NAMES.get(self.kv_cache_dtype, self.kv_cache_dtype)
         if self.kv_cache_dtype not in KV_DTYPES:
-            raise ConfigError(f"--kv-cache-dtype {self.kv_cache_dtype} is unknown; choose one of {', '.join(KV_DTYPES)}")
+            raise ConfigError(
+                f"--kv-cache-dtype {self.kv_cache_dtype} is unknown; choose one of {', '.join(KV_DTYPES)}"
+            )
         if self.cpu_activations not in ACTIVATIONS:
             raise ConfigError(
                 f"--cpu-activations {self.cpu_activations} is unknown; choose one of {', '.join(ACTIVATIONS)}"

@@ -38,14 +38,13 @@ void bind_to(int cpu) {
 
 }  // namespace
 
-void Team::barrier() const {
-    if (num_threads > 1) meeting->wait();
-}
+void Team::barrier() const { meeting->wait(); }
 
 void Barrier::wait() {
     const size_t round = round_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) {
         arrived_.store(0, std::memory_order_relaxed);
+        for (Counter& counter : claimed) counter.value.store(0, std::memory_order_relaxed);
         round_.store(round + 1, std::memory_order_release);
         return;
     }
@@ -102,16 +101,14 @@ void Pool::reserve(Scratch scratch) {
 void Pool::run(const Job& job, Scratch scratch) {
     std::lock_guard lock(one_job_);
     reserve(scratch);
-    if (num_threads_ == 1) {
-        job(team(0));
-        return;
-    }
     job_ = &job;
-    {
-        std::lock_guard awake(sleep_);
-        ticket_.fetch_add(1, std::memory_order_release);
+    if (num_threads_ > 1) {
+        {
+            std::lock_guard awake(sleep_);
+            ticket_.fetch_add(1, std::memory_order_release);
+        }
+        wake_.notify_all();
     }
-    wake_.notify_all();
     job(team(0));
     barrier_.wait();  // nobody still uses the job
 }

@@ -12,11 +12,13 @@
 
 namespace pelton {
 
-// A centralised barrier: the last to arrive opens it for all.
+// A centralised barrier: the last to arrive sets the team's counters back and opens it for all.
 class Barrier {
    public:
-    explicit Barrier(size_t num_threads) : num_threads_(num_threads) {}
+    explicit Barrier(size_t num_threads) : claimed(num_threads), num_threads_(num_threads) {}
     void wait();
+
+    std::vector<Counter> claimed;
 
    private:
     const size_t num_threads_;
@@ -64,7 +66,7 @@ class Pool {
    private:
     void work(size_t thread);
     void reserve(Scratch scratch);
-    Team team(size_t thread) { return {thread, num_threads_, &barrier_, shared_.data(), locals_[thread].data()}; }
+    Team team(size_t thread) { return {thread, num_threads_, &barrier_, barrier_.claimed.data(), shared_.data(), locals_[thread].data()}; }
 
     const size_t num_threads_;
     const std::vector<int> cpus_;

@@ -191,19 +191,20 @@ void put_codes(uint8_t* block, size_t r, int bits, const uint8_t* u) {
         for (int k = 0; k < 8; ++k) put_word(row + 64 * k, w[k]);
         return;
     }
-    uint32_t top = 0, tops[2] = {};
+    const auto plane = [&](int shift, uint32_t mask, int step, int first, int count) {
+        uint32_t bits_of = 0;
+        for (int k = 0; k < count; ++k) bits_of |= (w[first + k] >> shift & mask) << step * k;
+        return bits_of;
+    };
+    constexpr uint32_t ones = 0x01010101u, threes = 0x03030303u, fifteens = 0x0f0f0f0fu;
     if (bits >= 4) {
-        for (int i = 0; i < 4; ++i)
-            put_word(row + 64 * i, (w[2 * i] & 0x0f0f0f0fu) | (w[2 * i + 1] & 0x0f0f0f0fu) << 4);
-        for (int k = 0; k < 8; ++k) top |= (w[k] >> 4 & 0x01010101u) << k;
-        for (int k = 0; k < 8; ++k) tops[k / 4] |= (w[k] >> 4 & 0x03030303u) << 2 * (k % 4);
-        if (bits == 5) put_word(row + 256, top);
-        if (bits == 6) put_word(row + 256, tops[0]), put_word(row + 320, tops[1]);
+        for (int i = 0; i < 4; ++i) put_word(row + 64 * i, (w[2 * i] & fifteens) | (w[2 * i + 1] & fifteens) << 4);
+        if (bits == 5) put_word(row + 256, plane(4, ones, 1, 0, 8));
+        if (bits == 6)
+            for (int i = 0; i < 2; ++i) put_word(row + 256 + 64 * i, plane(4, threes, 2, 4 * i, 4));
     } else {
-        for (int k = 0; k < 8; ++k) tops[k / 4] |= (w[k] & 0x03030303u) << 2 * (k % 4);
-        for (int k = 0; k < 8; ++k) top |= (w[k] >> 2 & 0x01010101u) << k;
-        put_word(row, tops[0]), put_word(row + 64, tops[1]);
-        if (bits == 3) put_word(row + 128, top);
+        for (int i = 0; i < 2; ++i) put_word(row + 64 * i, plane(0, threes, 2, 4 * i, 4));
+        if (bits == 3) put_word(row + 128, plane(2, ones, 1, 0, 8));
     }
 }
 
@@ -247,26 +248,25 @@ void put_numbers(const Weight& w, uint8_t* tile, size_t r, const uint8_t* row) {
     }
 }
 
-void put_blocks(const Weight& w, const Format& format, uint8_t* tile, size_t r, const uint8_t* row) {
+// Block b of the file for row r of a tile.
+void put_block(const Weight& w, const Format& format, uint8_t* tile, size_t r, size_t b, const uint8_t* block) {
     const Layout& layout = w.layout;
     const size_t block_bytes = size_t(layout.bits) * 64, groups = format.block_size / layout.group;
+    const size_t per_block = format.block_size / block_columns;
     Parts parts;
-    for (size_t b = 0; b < w.num_in / format.block_size; ++b, row += format.block_bytes) {
-        format.take_apart(row, parts);
-        const size_t per_block = format.block_size / block_columns;
-        for (size_t i = 0; i < per_block; ++i)
-            put_codes(tile + (b * per_block + i) * block_bytes, r, layout.bits, parts.u + block_columns * i);
-        if (layout.scales == Scales::f16) {
-            put_half(tile + w.scales_at + 32 * b + 2 * r, parts.d);
-            if (layout.has_min) put_half(tile + w.mins_at + 32 * b + 2 * r, parts.m);
-            continue;
-        }
-        put_half(tile + w.super_at + 32 * b + 2 * r, parts.d);
-        if (layout.has_min) put_half(tile + w.super_min_at + 32 * b + 2 * r, parts.m);
-        for (size_t g = 0; g < groups; ++g) {
-            tile[w.scales_at + 16 * (b * groups + g) + r] = parts.scales[g];
-            if (layout.has_min) tile[w.mins_at + 16 * (b * groups + g) + r] = parts.mins[g];
-        }
+    format.take_apart(block, parts);
+    for (size_t i = 0; i < per_block; ++i)
+        put_codes(tile + (b * per_block + i) * block_bytes, r, layout.bits, parts.u + block_columns * i);
+    if (layout.scales == Scales::f16) {
+        put_half(tile + w.scales_at + 32 * b + 2 * r, parts.d);
+        if (layout.has_min) put_half(tile + w.mins_at + 32 * b + 2 * r, parts.m);
+        return;
+    }
+    put_half(tile + w.super_at + 32 * b + 2 * r, parts.d);
+    if (layout.has_min) put_half(tile + w.super_min_at + 32 * b + 2 * r, parts.m);
+    for (size_t g = 0; g < groups; ++g) {
+        tile[w.scales_at + 16 * (b * groups + g) + r] = parts.scales[g];
+        if (layout.has_min) tile[w.mins_at + 16 * (b * groups + g) + r] = parts.mins[g];
     }
 }
 
@@ -334,15 +334,20 @@ void PackedWeight::fill(Pool& pool, size_t first_row, const uint8_t* blocks, siz
     const size_t first_tile = first_row / tile_rows, tiles = (first_row + num_rows + tile_rows - 1) / tile_rows - first_tile;
     pool.run([&](const Team& team) {
         const Range mine = team.share(tiles);
-        const size_t begin = std::max(first_row, (first_tile + mine.begin) * tile_rows);
-        const size_t end = std::min(first_row + num_rows, (first_tile + mine.end) * tile_rows);
-        for (size_t row = begin; row < end; ++row) {
-            const size_t from = rows.empty() ? row - first_row : size_t(rows[row - first_row]);
-            uint8_t* tile = weight_.data + row / tile_rows * weight_.tile_bytes;
-            if (format.take_apart)
-                put_blocks(weight_, format, tile, row % tile_rows, blocks + from * row_bytes);
-            else
-                put_numbers(weight_, tile, row % tile_rows, blocks + from * row_bytes);
+        for (size_t t = first_tile + mine.begin; t < first_tile + mine.end; ++t) {
+            uint8_t* tile = weight_.data + t * weight_.tile_bytes;
+            const size_t begin = std::max(first_row, t * tile_rows);
+            const size_t end = std::min(first_row + num_rows, (t + 1) * tile_rows);
+            const auto source = [&](size_t row) {
+                return blocks + (rows.empty() ? row - first_row : size_t(rows[row - first_row])) * row_bytes;
+            };
+            if (!format.take_apart) {
+                for (size_t row = begin; row < end; ++row) put_numbers(weight_, tile, row % tile_rows, source(row));
+                continue;
+            }
+            for (size_t b = 0; b < weight_.num_in / format.block_size; ++b)  // all rows of a block: they share lines
+                for (size_t row = begin; row < end; ++row)
+                    put_block(weight_, format, tile, row % tile_rows, b, source(row) + b * format.block_bytes);
         }
     });
 }

@@ -8,6 +8,8 @@ Shapes: T tokens, R requests, H query heads, G key/value heads, D head size, B b
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -15,6 +17,9 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# On Linux an anonymous map is shared memory unless it is asked to be private.
+PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -136,9 +141,9 @@ def make_cache(
     or sixteen numbers of a value, fill a register."""
     size = num_blocks, num_kv_heads
     if device.type == "cpu":
-        key = torch.zeros(*size, head_size, block_size, dtype=dtype).permute(0, 3, 1, 2)
+        key = _untouched_zeros(*size, head_size, block_size, dtype=dtype).permute(0, 3, 1, 2)
         padded = -(-head_size // 16) * 16
-        value = torch.zeros(*size, block_size, padded, dtype=dtype)[..., :head_size].transpose(1, 2)
+        value = _untouched_zeros(*size, block_size, padded, dtype=dtype)[..., :head_size].transpose(1, 2)
     else:
         key, value = (torch.zeros(num_blocks, block_size, num_kv_heads, head_size, dtype=dtype, device=device)
                       for _ in range(2))
@@ -146,6 +151,14 @@ def make_cache(
         return LayerCache(key, value)
     scales = (torch.zeros(*size, block_size, device=device).transpose(1, 2) for _ in range(2))
     return LayerCache(key, value, *scales)
+
+
+def _untouched_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory until they are written to, then whole huge pages where the system has them."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **PRIVATE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 @op

@@ -37,7 +37,8 @@ def use_cpu(config: DeviceConfig, isa: str | None) -> None:
         return
     if isa is not None and isa not in native.supported_isas():
         raise ConfigError(
-            f"PELTON_CPU_ISA={isa}: this processor runs {', '.join(native.supported_isas())}; use one of these or unset it"
+            f"PELTON_CPU_ISA={isa}: this processor runs {', '.join(native.supported_isas())}; use one of these, or "
+            "unset it"
         )
     native.set_isa(isa or native.supported_isas()[0])
     native.set_threads(config.num_threads, list(config.cpus))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ class ModelRunner:
         self.device = kv.device
         self.requests = RequestTable(len(kv.groups))
         self.sampler = Sampler(config.device.seed, grammars)
+        self.on_prompt_logits: Callable[[Tensor], None] | None = None  # sees the logits [n, V] of scored prompt tokens
         limits = config.scheduler
         max_blocks = -(-limits.max_model_len // kv.block_size)
         self.buffers = BatchBuffers(kv, limits.max_num_batched_tokens, limits.max_num_seqs, max_blocks)
@@ -98,7 +101,10 @@ class ModelRunner:
         entries: list[TokenLogprobs] = []
         for begin in range(0, len(targets), LOGITS_ROWS):
             rows = slice(begin, min(begin + LOGITS_ROWS, len(targets)))
-            scored = token_logprobs(self.model.logits(hidden[rows]), targets[rows], params.prompt_logprobs or 0)
+            logits = self.model.logits(hidden[rows])
+            if self.on_prompt_logits is not None:
+                self.on_prompt_logits(logits)
+            scored = token_logprobs(logits, targets[rows], params.prompt_logprobs or 0)
             if scored is None:
                 result.errors[chunk.request_id] = NON_FINITE
                 return

@@ -20,7 +20,7 @@ from pelton.types import OnProgress
 from pelton.weights.fields import Fields
 from pelton.weights.files import ModelFiles
 from pelton.weights.gguf_names import Architecture
-from pelton.weights.stored import StoredTensor
+from pelton.weights.stored import StoredTensor, release
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Weights decoded at a time: on a CPU, what lies between bytes and result stays in each core's cache.
@@ -53,6 +53,7 @@ class Checkpoint:
         self._gguf = gguf
         self._on_progress = on_progress
         self._unread = {name: tensor.data.size for name, tensor in tensors.items()}
+        self._kept: list[StoredTensor] = []  # read as they are in the file, and not packed yet
         self._num_bytes = sum(self._unread.values())
         self._prefix = ""
 
@@ -90,11 +91,19 @@ class Checkpoint:
         heads = self._num_interleaved_heads(name)
         order = None if heads == 0 else _half_split_rows(stored, heads)
         self._tell_read(name)
+        self._kept.append(stored)
         return Blocks(stored.type, torch.from_numpy(stored.data), shape, order)
 
     def packed(self, weight: LinearWeight) -> LinearWeight:
         """`weight` in the order that the device multiplies fastest."""
-        return pack(weight, self.activations) if self.device.type == "cpu" else weight
+        if self.device.type != "cpu":
+            return weight
+        packed = pack(weight, self.activations)
+        if packed is not weight:
+            for stored in self._kept:
+                release(stored)
+        self._kept.clear()
+        return packed
 
     def finish(self) -> None:
         """To be called when the model is built: ModelFormatError if it left tensors of the checkpoint unread."""

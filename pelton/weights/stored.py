@@ -38,6 +38,19 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
+def release(tensor: StoredTensor) -> None:
+    """Give back the memory of a tensor's pages in the mapped file, once nobody reads them; the file still has them."""
+    whole = tensor.data.base  # an array over the whole file
+    view = getattr(whole, "base", None)
+    file = view.obj if isinstance(view, memoryview) else None
+    if not isinstance(whole, np.ndarray) or not isinstance(file, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = tensor.data.ctypes.data - whole.ctypes.data
+    first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + tensor.data.size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < end:
+        file.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
 def map_file(path: Path) -> mmap.mmap:
     """The file as memory. Private and writable: torch warns about read-only buffers; nothing writes to it."""
     with path.open("rb") as file:

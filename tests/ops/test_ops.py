@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pelton import ops
-from pelton.ops.sampling import SampleRow
 
 TESTED_ELSEWHERE = {"sample"}  # test_sampling.py
 
@@ -90,7 +89,8 @@ def test_kernels_equal_their_declaration(cpu: Any, name: str, case: int) -> None
         served = True
         got = kernel.run(*args)
         allowed = 2e-2 if name == "paged_attention" and args[1].key.dtype == torch.int8 else tolerance(args)
-        for a, b in zip(numbers_of(got) + numbers_of(args), numbers_of(expected) + numbers_of(expected_args), strict=True):
+        pairs = zip(numbers_of(got) + numbers_of(args), numbers_of(expected) + numbers_of(expected_args), strict=True)
+        for a, b in pairs:
             torch.testing.assert_close(a, b, atol=allowed, rtol=allowed)
     assert served, "no kernel took these arguments"
 

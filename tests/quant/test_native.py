@@ -96,7 +96,8 @@ def test_products(cpu: Any, name: str, activations: str, error: float) -> None:
         total = torch.randn(num_rows, NUM_OUT + 5)
         before = total.clone()
         multiply(x, add_to=total[:, 2 : 2 + NUM_OUT])
-        assert ((total.double()[:, 2 : 2 + NUM_OUT] - before[:, 2 : 2 + NUM_OUT] - product).abs() <= allowed + 1e-5).all()
+        added = (total.double() - before)[:, 2 : 2 + NUM_OUT]
+        assert ((added - product).abs() <= allowed + 1e-5).all()
         assert torch.equal(total[:, :2], before[:, :2]) and torch.equal(total[:, -3:], before[:, -3:])
 
 
@@ -131,7 +132,8 @@ def test_parts_of_one_format_become_one_weight() -> None:
 
 
 def test_parts_of_several_formats_stay_apart_and_write_side_by_side() -> None:
-    parts = [blocks("Q4_K", 32, seed=1), blocks("Q4_K", 16, seed=2), blocks("Q6_K", 16, seed=3), blocks("Q4_K", 24, seed=4)]
+    kinds = (("Q4_K", 32), ("Q4_K", 16), ("Q6_K", 16), ("Q4_K", 24))
+    parts = [blocks(name, rows, seed=i) for i, (name, rows) in enumerate(kinds)]
     stack = packed(fuse(parts))
     assert isinstance(stack, PackedStack) and len(stack.parts) == 3
     x, bias = torch.randn(5, NUM_IN), torch.randn(88)

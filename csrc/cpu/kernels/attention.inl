@@ -295,13 +295,104 @@ inline void dot_rows(const Groups& groups, const uint32_t* words, size_t stride,
     for (; i < num_tiles; ++i) some(Int<1>{}, i);
 }
 
+#ifdef PELTON_BF16_DOT
+// For a group of rows alone, keys and values are read where they are: opening them would cost more than it saves.
+
+// The products of some tiles of 16 keys [columns][16], whose columns are `step` numbers apart, with a group of rows.
+template <int rows, int tiles>
+inline void dot_cached_keys(F32 (&sums)[tiles][rows], const uint16_t* const (&keys)[tiles], size_t step, size_t columns,
+                            Rows x) {
+    F32 own[tiles][rows];
+    clear(own);
+    for (size_t d = 0; d < columns; d += 2) {
+        Pairs w[tiles];
+#pragma GCC unroll 4
+        for (int t = 0; t < tiles; ++t) w[t] = p_zip(keys[t] + d * step, keys[t] + (d + 1) * step);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; ++r) {
+            const Pairs value = p_set1(reinterpret_cast<const uint16_t*>(x.at(r) + d / 2));
+#pragma GCC unroll 4
+            for (int t = 0; t < tiles; ++t) own[t][r] = p_dot(own[t][r], w[t], value);
+        }
+    }
+    copy(own, sums);
+}
+
+// The products of some tiles of 16 columns of `keys` values with a group of rows.
+template <int rows, int tiles>
+inline void dot_cached_values(F32 (&sums)[tiles][rows], const uint16_t* const* values, size_t column, size_t keys, Rows x) {
+    F32 own[tiles][rows];
+    clear(own);
+    for (size_t k = 0; k < keys; k += 2) {
+        Pairs w[tiles];
+#pragma GCC unroll 4
+        for (int t = 0; t < tiles; ++t)
+            w[t] = p_zip(values[k] + column + 16 * t, values[k + 1] + column + 16 * t);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; ++r) {
+            const Pairs value = p_set1(reinterpret_cast<const uint16_t*>(x.at(r) + k / 2));
+#pragma GCC unroll 4
+            for (int t = 0; t < tiles; ++t) own[t][r] = p_dot(own[t][r], w[t], value);
+        }
+    }
+    copy(own, sums);
+}
+
+// Calls put(row, tile, sums) for the keys of a span; what is beyond the tiles repeats the last.
+template <typename Put>
+inline void dot_keys_in_place(const AttentionTile& t, size_t span, size_t num_tiles, const uint32_t* query, Put&& put) {
+    const Cache& c = t.a.cache;
+    const uint16_t* keys[4];
+    for (size_t i = 0; i < 4; ++i) {
+        const size_t key = span + 16 * std::min(i, num_tiles - 1);
+        keys[i] = static_cast<const uint16_t*>(c.keys) +
+                  head_start(c, size_t(t.blocks[key / c.block_size]), t.g, keys_per_head(c)) + key % c.block_size;
+    }
+    with_rows(int(t.num_rows()), [&](auto rows) {
+        F32 sums[4][rows];
+        dot_cached_keys<rows, 4>(sums, keys, c.block_size, c.head_size, Rows{query, t.dim / 2});
+        for (size_t i = 0; i < num_tiles; ++i)
+            for (int r = 0; r < rows; ++r) put(size_t(r), i, sums[i][r]);
+    });
+}
+
+// Calls put(row, tile, sums) for the values of a span; those outside [begin, end) count as zeros.
+template <typename Put>
+inline void dot_values_in_place(const AttentionTile& t, size_t span, size_t begin, size_t end, size_t keys,
+                                const uint32_t* probs, Put&& put) {
+    static const uint16_t zeros[1024 + 16] = {};
+    const Cache& c = t.a.cache;
+    const uint16_t* values[span_keys];
+    for (size_t k = 0; k < keys; ++k) {
+        const size_t key = span + k;
+        values[k] = key < begin || key >= end
+                        ? zeros
+                        : static_cast<const uint16_t*>(c.values) + key % c.block_size * t.dim +
+                              head_start(c, size_t(t.blocks[key / c.block_size]), t.g, values_per_head(c));
+    }
+    const Rows x{probs, span_keys / 2};
+    with_rows(int(t.num_rows()), [&](auto num_rows) {
+        constexpr int rows = decltype(num_rows)::value;
+        const auto some = [&](auto num_tiles, size_t first) {
+            constexpr int tiles = decltype(num_tiles)::value;
+            F32 sums[tiles][rows];
+            dot_cached_values<rows, tiles>(sums, values, 16 * first, keys, x);
+            for (int i = 0; i < tiles; ++i)
+                for (int r = 0; r < rows; ++r) put(size_t(r), first + i, sums[i][r]);
+        };
+        size_t i = 0;
+        for (; i + 4 <= t.dim / 16; i += 4) some(Int<4>{}, i);
+        for (; i < t.dim / 16; ++i) some(Int<1>{}, i);
+    });
+}
+#endif
+
 // Scores of a span, scaled, and minus infinity where a row does not see the key: scores [rows][64], up to the last
 // sixteen keys that some row sees.
 inline void score_span(const AttentionTile& t, const Groups& groups, size_t span, bool pairs, const AttentionSpace& s) {
     const AttentionArgs& a = t.a;
     const Cache& c = a.cache;
     const size_t begin = std::max(span, t.begin()), end = std::min(span + span_keys, t.end());
-    open_keys(t, span, begin, end, s.tiles);
     static const float counts[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const F32 lanes = f_load(counts), nothing = f_set1(-std::numeric_limits<float>::infinity());
     const size_t num_tiles = (end - span + 15) / 16;
@@ -313,7 +404,7 @@ inline void score_span(const AttentionTile& t, const Groups& groups, size_t span
             factors[i] = f_mul(factors[i], f_load(c.key_scales + head_start(c, size_t(t.blocks[key / c.block_size]), t.g,
                                                                             c.block_size) + key % c.block_size));
     }
-    dot_rows(groups, s.query, pairs ? t.dim / 2 : t.dim, s.tiles, num_tiles, t.dim, pairs, [&](size_t row, size_t i, F32 y) {
+    const auto put = [&](size_t row, size_t i, F32 y) {
         const size_t key = span + 16 * i, position = t.position(row);
         y = f_mul(y, factors[i]);
         if (a.softcap > 0.0f) y = f_mul(f_set1(a.softcap), f_tanh(f_mul(y, f_set1(1.0f / a.softcap))));
@@ -323,7 +414,12 @@ inline void score_span(const AttentionTile& t, const Groups& groups, size_t span
             y = f_less(lanes, f_set1(from), nothing, f_less(f_set1(to), lanes, nothing, y));
         }
         f_store(s.scores + row * span_keys + 16 * i, y);
-    });
+    };
+#ifdef PELTON_BF16_DOT
+    if (pairs && groups.count == 1) return dot_keys_in_place(t, span, num_tiles, s.query, put);
+#endif
+    open_keys(t, span, begin, end, s.tiles);
+    dot_rows(groups, s.query, pairs ? t.dim / 2 : t.dim, s.tiles, num_tiles, t.dim, pairs, put);
 }
 
 // Scores of `keys` keys become exponentials, as words; maxima, sums and what was summed before are brought up to date.
@@ -371,12 +467,18 @@ inline void attend_part(const AttentionTile& t, const Groups& groups, size_t beg
         if (to < t.end()) prefetch_keys(t, to, std::min(to + span_keys, t.end()));
         score_span(t, groups, span, pairs, s);
         soften_span(t, keys, pairs, s);
-        open_values(t, span, from, to, keys, s.tiles);
-        const size_t stride = pairs ? span_keys / 2 : span_keys;
-        dot_rows(groups, s.probs, stride, s.tiles, t.dim / 16, keys, pairs, [&](size_t row, size_t i, F32 y) {
+        const auto put = [&](size_t row, size_t i, F32 y) {
             float* out = s.part + row * t.dim + 16 * i;
             f_store(out, f_add(f_load(out), y));
-        });
+        };
+#ifdef PELTON_BF16_DOT
+        if (pairs && groups.count == 1) {
+            dot_values_in_place(t, span, from, to, keys, s.probs, put);
+            continue;
+        }
+#endif
+        open_values(t, span, from, to, keys, s.tiles);
+        dot_rows(groups, s.probs, pairs ? span_keys / 2 : span_keys, s.tiles, t.dim / 16, keys, pairs, put);
     }
 }
 
@@ -422,28 +524,40 @@ inline Scratch attention_scratch(const AttentionArgs& a, size_t) {
     return {0, AttentionSpace::bytes(round_up(a.cache.head_size, 16)) + 64};
 }
 
-// Calls f(tile) for each tile of the batch, in an order that is the same for all threads.
-template <typename Function>
-inline void each_tile(const AttentionArgs& a, Function&& f) {
-    const size_t per_group = a.num_heads / a.cache.num_kv_heads, dim = round_up(a.cache.head_size, 16);
-    const size_t heads = std::min(per_group, tile_rows), most_tokens = tile_rows / heads;
-    for (size_t r = 0; r < a.num_requests; ++r) {
-        const size_t begin = size_t(a.query_starts[r]), end = size_t(a.query_starts[r + 1]);
-        const int64_t* blocks = a.block_table + r * a.table_stride;
-        for (size_t row = begin; row < end; row += most_tokens)
-            for (size_t head = 0; head < a.num_heads;) {
-                const size_t g = head / per_group, n = std::min(heads, (g + 1) * per_group - head);
-                const size_t position = size_t(a.context_lens[r]) - (end - row);
-                f(AttentionTile{a, blocks, g, head, n, row, position, std::min(most_tokens, end - row), dim});
-                head += n;
-            }
+// How the rows of requests are cut into tiles: `heads` query heads with `tokens` tokens at most.
+struct Tiling {
+    size_t per_group, heads, tokens, per_row;  // per_row: tiles side by side over the heads
+
+    explicit Tiling(const AttentionArgs& a)
+        : per_group(a.num_heads / a.cache.num_kv_heads), heads(std::min(per_group, tile_rows)),
+          tokens(tile_rows / heads), per_row(a.cache.num_kv_heads * ((per_group + heads - 1) / heads)) {}
+    size_t of_request(const AttentionArgs& a, size_t r) const {
+        const size_t rows = size_t(a.query_starts[r + 1] - a.query_starts[r]);
+        return (rows + tokens - 1) / tokens * per_row;
     }
+};
+
+// Tile i of a request, the last tokens first: they see the most keys, and are best begun early.
+inline AttentionTile make_tile(const AttentionArgs& a, const Tiling& tiling, size_t r, size_t i) {
+    const size_t begin = size_t(a.query_starts[r]), end = size_t(a.query_starts[r + 1]);
+    const size_t side = i % tiling.per_row, chunks = tiling.per_row / a.cache.num_kv_heads;
+    const size_t rows_of_tiles = (end - begin + tiling.tokens - 1) / tiling.tokens;
+    const size_t row = begin + (rows_of_tiles - 1 - i / tiling.per_row) * tiling.tokens;
+    const size_t g = side / chunks, head = g * tiling.per_group + side % chunks * tiling.heads;
+    const size_t num_heads = std::min(tiling.heads, (g + 1) * tiling.per_group - head);
+    const size_t position = size_t(a.context_lens[r]) - (end - row);
+    return {a, a.block_table + r * a.table_stride, g, head, num_heads, row, position, std::min(tiling.tokens, end - row),
+            round_up(a.cache.head_size, 16)};
 }
 
 inline void attention(const AttentionArgs& a, size_t, const Team& team) {
     const AttentionSpace space(team.local, round_up(a.cache.head_size, 16));
-    size_t i = 0;
-    each_tile(a, [&](const AttentionTile& tile) {
-        if (i++ % team.num_threads == team.thread) attend_tile(tile, space);
+    const Tiling tiling(a);
+    size_t total = 0;
+    for (size_t r = 0; r < a.num_requests; ++r) total += tiling.of_request(a, r);
+    team.each_piece(total, 1, [&](Range one) {
+        size_t i = one.begin, r = 0;
+        for (size_t n; i >= (n = tiling.of_request(a, r)); ++r) i -= n;
+        attend_tile(make_tile(a, tiling, r, i), space);
     });
 }

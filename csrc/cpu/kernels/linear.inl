@@ -362,10 +362,12 @@ struct Job {
     }
 };
 
-// One group is multiplied with the codes as they are stored; for more, tiles are unpacked once.
+// A few groups are multiplied with the codes as they are stored; for more, tiles are unpacked once, to memory.
+constexpr size_t most_packed_groups = 4;
+
 inline void dot_packed(const Job& job, size_t tile, size_t g) {
     const Weight& w = job.weight;
-    const uint8_t* ahead = w.tile(tile) + prefetch_distance;
+    const uint8_t* ahead = g == 0 ? w.tile(tile) + prefetch_distance : nullptr;
     const size_t step = w.tile_bytes / w.num_blocks;
     with_codes(w.layout, [&](auto bits, auto table, auto group, auto kind, auto has_min) {
         using Source = PackedCodes<bits, table, kind, has_min>;
@@ -513,8 +515,9 @@ inline void tiles_of_numbers(const Job& job, size_t first_tile, Range groups, bo
 inline void multiply_tiles(const Job& job, Range tiles, Range groups, Activations kind) {
     size_t tile = tiles.begin;
     if (kind == Activations::i8) {
-        if (groups.end - groups.begin == 1) {
-            for (; tile < tiles.end; ++tile) dot_packed(job, tile, groups.begin);
+        if (groups.end - groups.begin <= most_packed_groups) {
+            for (; tile < tiles.end; ++tile)
+                for (size_t g = groups.begin; g < groups.end; ++g) dot_packed(job, tile, g);
             return;
         }
         if constexpr (code_tiles > 1)
@@ -562,13 +565,15 @@ inline void linear(const LinearArgs& a, size_t num_rows, const Team& team) {
     const Job job{a, w, groups, words, words_per_row, team.local};
     const size_t groups_per_piece = std::max<size_t>(1, rows_in_cache / (words_per_row * 4 * max_group));
     const size_t pieces = (groups.count + groups_per_piece - 1) / groups_per_piece, tiles = w.num_tiles();
-    const Range work = team.share(pieces * tiles);
-    for (size_t i = work.begin; i < work.end;) {
-        const size_t piece = i / tiles, first = i % tiles, count = std::min(tiles - first, work.end - i);
-        multiply_tiles(job, {first, first + count}, {piece * groups.count / pieces, (piece + 1) * groups.count / pieces},
-                       kind);
-        i += count;
-    }
+    const size_t tiles_per_claim = std::clamp<size_t>(pieces * tiles / (team.num_threads * 8) / 4 * 4, 4, 64);
+    team.each_piece(pieces * tiles, tiles_per_claim, [&](Range work) {
+        for (size_t i = work.begin; i < work.end;) {
+            const size_t piece = i / tiles, first = i % tiles, count = std::min(tiles - first, work.end - i);
+            const Range some{piece * groups.count / pieces, (piece + 1) * groups.count / pieces};
+            multiply_tiles(job, {first, first + count}, some, kind);
+            i += count;
+        }
+    });
 }
 
 // --- rows of a weight ---------------------------------------------------------------------------------------------------
