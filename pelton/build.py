@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from pelton import ops
@@ -47,7 +49,8 @@ def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Eng
     env = Environment.read()
     config = resolve(args, facts, machine, env)
 
-    use_cpu(config.device, env.cpu_isa)
+    if config.device.kind == "cpu":
+        config = replace(config, notes=(*config.notes, use_cpu(config.device, env.cpu_isa)))
     checkpoint = _open_checkpoint(args, files, config, on_progress)
     model = architecture.load(checkpoint)
     checkpoint.finish()

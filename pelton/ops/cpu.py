@@ -178,7 +178,7 @@ def register_kernels() -> None:
     """Make the ops use what the extension offers; without the extension the references serve."""
     if native is None:
         return
-    name = f"cpu-{native.isa()}"
+    name = "cpu-native"
 
     def register(op: ops.Op[..., Any], run: Callable[..., Any], accepts: Callable[..., bool]) -> None:
         op.register(name, run, accepts)

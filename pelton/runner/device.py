@@ -30,11 +30,14 @@ def probe_device(kind: str) -> DeviceFacts:
     return DeviceFacts("cpu", _cpu_name(), _free_memory(), fast, num_cores, cpus, has_kernels)
 
 
-def use_cpu(config: DeviceConfig, isa: str | None) -> None:
-    """Set up the threads and the instruction set the kernels run with. ConfigError for one the machine lacks."""
+def use_cpu(config: DeviceConfig, isa: str | None) -> str:
+    """Set up the threads and the instruction set the kernels run with; returns a line that says so.
+
+    ConfigError for an instruction set the machine lacks.
+    """
     torch.set_num_threads(config.num_threads)
     if native is None:
-        return
+        return f"{config.num_threads} threads"
     if isa is not None and isa not in native.supported_isas():
         raise ConfigError(
             f"PELTON_CPU_ISA={isa}: this processor runs {', '.join(native.supported_isas())}; use one of these, or "
@@ -42,6 +45,8 @@ def use_cpu(config: DeviceConfig, isa: str | None) -> None:
         )
     native.set_isa(isa or native.supported_isas()[0])
     native.set_threads(config.num_threads, list(config.cpus))
+    where = f" on processors {', '.join(map(str, config.cpus))}" if config.cpus else ""
+    return f"kernels for {native.isa()}, {config.num_threads} threads{where}, activations {config.activations}"
 
 
 def _usable_cpus() -> tuple[int, ...]:

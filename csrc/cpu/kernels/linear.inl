@@ -12,7 +12,9 @@ constexpr int max_group = 3, code_tiles = 1, number_tiles = 1;
 #else
 constexpr int max_group = 2, code_tiles = 1, number_tiles = 1;
 #endif
-constexpr size_t rows_in_cache = 384 << 10;  // bytes of activations that stay in the second-level cache
+// Bytes of activations that are multiplied with one set of open tiles after the other. The tiles stay in the
+// second-level cache; a group of rows is read once for them, which the third level is fast enough for.
+constexpr size_t rows_in_cache = 8 << 20;
 constexpr size_t prefetch_distance = 16 << 10;  // bytes, into the second-level cache; measured on Zen 4
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
@@ -273,10 +275,14 @@ struct Numbers<Brain> {
 
 // sums[t][r] as above; tile t lies at tile + t * tile_bytes.
 template <int rows, int tiles, typename T>
-inline void dot_numbers(F32 (&sums)[tiles][rows], const uint8_t* tile, size_t tile_bytes, size_t columns, Rows x) {
+inline void dot_numbers(F32 (&sums)[tiles][rows], const uint8_t* tile, size_t tile_bytes, size_t columns, Rows x,
+                        size_t fetch = 0) {
+    const uint8_t* ahead = tile + prefetch_distance;
+    const size_t step = 2 * tile_bytes / columns;
     F32 own[tiles][rows];  // in registers
     clear(own);
-    for (size_t k = 0; k < columns; k += 2) {
+    for (size_t k = 0; k < columns; k += 2, ahead += step) {
+        for (size_t line = 0; line < fetch; line += 64) __builtin_prefetch(ahead + line, 0, 2);
 #pragma GCC unroll 2
         for (size_t odd = 0; odd < 2; ++odd) {
             F32 w[tiles];
@@ -295,10 +301,12 @@ inline void dot_numbers(F32 (&sums)[tiles][rows], const uint8_t* tile, size_t ti
 
 #ifdef PELTON_BF16_DOT
 template <int rows, int tiles>
-inline void dot_pairs(F32 (&sums)[tiles][rows], const uint8_t* tile, size_t tile_bytes, size_t columns, Rows x) {
+inline void dot_pairs(F32 (&sums)[tiles][rows], const uint8_t* tile, size_t tile_bytes, size_t columns, Rows x,
+                      bool fetch = false) {
     F32 own[tiles][rows];
     clear(own);
     for (size_t k = 0; k < columns / 2; ++k) {
+        if (fetch) __builtin_prefetch(tile + prefetch_distance + 64 * k, 0, 2);
         Pairs w[tiles];
 #pragma GCC unroll 4
         for (int t = 0; t < tiles; ++t) w[t] = p_load(reinterpret_cast<const uint16_t*>(tile + t * tile_bytes) + 32 * k);
@@ -491,14 +499,15 @@ inline void tiles_of_numbers(const Job& job, size_t first_tile, Range groups, bo
     if (pairs) {
         if (!stored) data = open_pairs(w, first_tile, job.local);
         return job.each_group<tiles>(first_tile, groups, [&](auto n, auto& sums, Rows rows) {
-            dot_pairs<n, tiles>(sums, data, w.tile_bytes, job.columns(), rows);
+            dot_pairs<n, tiles>(sums, data, w.tile_bytes, job.columns(), rows, tiles == 1 && stored);
         });
     }
 #endif
     (void)pairs;
     const auto multiply = [&](auto type) {
         job.each_group<tiles>(first_tile, groups, [&](auto n, auto& sums, Rows rows) {
-            dot_numbers<n, tiles, decltype(type)>(sums, data, w.tile_bytes, job.columns(), rows);
+            const size_t fetch = tiles == 1 && stored ? 2 * w.tile_bytes / job.columns() : 0;
+            dot_numbers<n, tiles, decltype(type)>(sums, data, w.tile_bytes, job.columns(), rows, fetch);
         });
     };
     if (!stored) {
@@ -527,7 +536,7 @@ inline void multiply_tiles(const Job& job, Range tiles, Range groups, Activation
     }
     const bool pairs = kind == Activations::bf16;
     if constexpr (number_tiles > 1)
-        if (job.weight.layout.storage == Storage::numbers)
+        if (job.weight.layout.storage == Storage::numbers && job.groups.num_rows > 2)  // one stream is fetched best
             for (; tile + number_tiles <= tiles.end; tile += number_tiles)
                 tiles_of_numbers<number_tiles>(job, tile, groups, pairs);
     for (; tile < tiles.end; ++tile) tiles_of_numbers<1>(job, tile, groups, pairs);
@@ -563,8 +572,9 @@ inline void linear(const LinearArgs& a, size_t num_rows, const Team& team) {
         team.barrier();
     }
     const Job job{a, w, groups, words, words_per_row, team.local};
-    const size_t groups_per_piece = std::max<size_t>(1, rows_in_cache / (words_per_row * 4 * max_group));
-    const size_t pieces = (groups.count + groups_per_piece - 1) / groups_per_piece, tiles = w.num_tiles();
+    const size_t tiles = w.num_tiles();
+    size_t pieces = std::min(groups.count, num_rows * words_per_row * 4 / rows_in_cache + 1);
+    while (pieces < groups.count && pieces * tiles < 8 * team.num_threads) ++pieces;  // work for everybody
     const size_t tiles_per_claim = std::clamp<size_t>(pieces * tiles / (team.num_threads * 8) / 4 * 4, 4, 64);
     team.each_piece(pieces * tiles, tiles_per_claim, [&](Range work) {
         for (size_t i = work.begin; i < work.end;) {
