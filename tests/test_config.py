@@ -103,6 +103,7 @@ def test_environment() -> None:
         ("VLLM_CPU_KVCACHE_SPACE", "-1", "GiB"),
         ("VLLM_CPU_KVCACHE_SPACE", "lots", "GiB"),
         ("OMP_NUM_THREADS", "0", "OMP_NUM_THREADS"),
+        ("OMP_NUM_THREADS", "many", "OMP_NUM_THREADS"),
     ],
 )
 def test_environment_that_cannot_work(name: str, value: str, hint: str) -> None:
@@ -123,7 +124,7 @@ def test_weights_beyond_the_memory() -> None:
 @pytest.mark.parametrize(
     "args",
     [{"dtype": "int3"}, {"device": "tpu"}, {"tensor_parallel_size": 2}, {"block_size": 12}, {"block_size": 0},
-     {"gpu_memory_utilization": 0.0}, {"max_num_seqs": 0}, {"max_model_len": -5}, {"max_model_len": "128"}],
+     {"kv_cache_dtype": "fp8"}, {"cpu_activations": "int4"}, {"gpu_memory_utilization": 0.0}, {"max_num_seqs": 0}, {"max_model_len": -5}, {"max_model_len": "128"}],
 )
 def test_arguments_that_cannot_work(args: dict[str, Any]) -> None:
     name = next(iter(args))
@@ -154,3 +155,58 @@ def test_arguments_in_other_forms() -> None:
 def test_no_seed_is_the_default_seed() -> None:
     """vLLM's LLM takes seed=None."""
     assert decide({"seed": None}).device.seed == EngineArgs.seed
+
+
+def test_keys_and_values_are_kept_as_asked() -> None:
+    assert decide().cache.dtype == "bfloat16"
+    assert decide({"kv_cache_dtype": "half"}).cache.dtype == "float16"
+    small, large = (
+        decide({"kv_cache_dtype": dtype, "kv_cache_memory_bytes": GIB >> 6}).cache.num_blocks
+        for dtype in ("bfloat16", "int8")
+    )
+    assert small < large < 2 * small  # int8 has a scale for each head and token
+
+
+@pytest.mark.parametrize(
+    ("args", "activations"),
+    [({}, "int8"), ({"dtype": "bfloat16"}, "int8"), ({"dtype": "float32"}, "fp32"), ({"cpu_activations": "bf16"}, "bf16"),
+     ({"cpu_activations": "int8", "dtype": "float32"}, "int8")],
+)  # fmt: skip
+def test_activations(args: dict[str, Any], activations: str) -> None:
+    assert decide(args).device.activations == activations
+
+
+def test_formats_are_kept_where_kernels_read_them() -> None:
+    """Memory is counted as the file's, and bfloat16 needs no instructions of its own."""
+    model = replace(MODEL, weight_bytes={**WEIGHTS, "stored": GIB // 2})
+    device = replace(CPU, free_bytes=GIB, has_fast_bf16=False, keeps_formats=True)
+    assert decide(model=model, device=device).model.dtype == "bfloat16"
+
+
+def test_threads_and_processors() -> None:
+    device = replace(CPU, cpus=(0, 2, 4, 6))
+    assert decide(device=device).device.cpus == (0, 2, 4, 6)
+    assert decide({"num_threads": 3}, device=device).device.cpus == ()  # others may want the same processors
+    config = decide(device=device, env=Environment(cpu_binding="4,0|2,6"))
+    assert (config.device.num_threads, config.device.cpus) == (2, (4, 0))
+    config = decide(device=device, env=Environment(cpu_binding="all", num_threads=3))
+    assert (config.device.num_threads, config.device.cpus) == (3, (0, 2, 4))
+    assert decide(device=device, env=Environment(cpu_binding="nobind")).device.cpus == ()
+    many = replace(CPU, num_cores=16, cpus=tuple(range(16)))
+    assert decide(device=many).device.num_threads == 15  # one is left to the server
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "says"),
+    [
+        ({"num_threads": 5}, {}, "--num-threads asks for 5 threads, but this process has 4 cores"),
+        ({}, {"num_threads": 64}, "OMP_NUM_THREADS asks for 64 threads, but this process has 4 cores"),
+        ({}, {"cpu_binding": "0-9"}, "processor 4 is not one this process may run on; those are 0, 1, 2, 3"),
+        ({}, {"cpu_binding": "3-1"}, "is not a list of processors"),
+        ({}, {"cpu_binding": "cores"}, "is not a list of processors"),
+        ({"kv_cache_memory_bytes": 100 * GIB}, {}, r"--kv-cache-memory-bytes asks for 100.0 GiB, but only 14.0 GiB"),
+    ],
+)
+def test_a_machine_that_cannot(args: dict[str, Any], env: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        decide(args, device=replace(CPU, cpus=(0, 1, 2, 3)), env=Environment(**env))

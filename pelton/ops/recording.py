@@ -27,6 +27,10 @@ class NotRecordable(Exception):
 class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets pass what moves no data."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler at the first call, which takes a second
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func.is_view and func.overloadpacket.__name__ not in ("empty", "detach"):
             raise NotRecordable(f"{func} has no kernel here")

@@ -75,7 +75,6 @@ def test_flags_without_effect_say_so(capsys: pytest.CaptureFixture[str]) -> None
         (["--enable-auto-tool-choice"], "--enable-auto-tool-choice: parsing of tool calls is not in this version"),
         (["--reasoning_parser", "deepseek_r1"], "--reasoning-parser: parsing of reasoning"),
         (["--lora-modules", "a=b", "c=d"], "--lora-modules: LoRA"),
-        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8 is not in this version; use auto"),
         (["--chat-template-content-format", "openai"], "--chat-template-content-format openai"),
     ],
 )

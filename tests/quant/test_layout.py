@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from pelton.quant.layout import Dense, LinearWeight, Stack, fuse
+from pelton.quant.layout import Codebook4, Dense, Int, LinearWeight, Stack, fuse
 
 
 def check(weight: LinearWeight) -> None:
     n, k = weight.shape
     dense = weight.dequantize()
     assert dense.shape == (n, k)
-    x = torch.randn(5, k)
+    x, bias = torch.randn(5, k), torch.randn(n)
     torch.testing.assert_close(weight.matmul(x), x @ dense.T)
+    torch.testing.assert_close(weight.matmul(x, bias), x @ dense.T + bias)
+    total = torch.randn(5, n)
+    torch.testing.assert_close(weight.matmul(x, bias, total.clone()), total + x @ dense.T + bias)
     ids = torch.tensor([n - 1, 0, 0])
     torch.testing.assert_close(weight.rows(ids), dense[ids])
+    torch.testing.assert_close(weight.rows(ids, 2.0), dense[ids] * 2)
 
 
 def test_dense() -> None:
     check(Dense(torch.randn(7, 4)))
-
-
-def test_packed_is_the_same_weight() -> None:
-    plain = Dense(torch.randn(48, 32).bfloat16())
-    packed = plain.packed()
-    assert packed.shape == plain.shape
-    assert torch.equal(packed.dequantize(), plain.weight)
-    assert torch.equal(packed.rows(torch.tensor([5, 0])), plain.weight[[5, 0]])
-    for num_rows in (1, 16):
-        x = torch.randn(num_rows, 32).bfloat16()
-        torch.testing.assert_close(packed.matmul(x), plain.matmul(x), atol=0.1, rtol=0.02)
-    assert isinstance(Stack([plain, plain]).packed(), Stack)
 
 
 def test_stack_of_different_layouts() -> None:
@@ -46,3 +38,20 @@ def test_fuse() -> None:
     mixed = fuse([*parts, Stack(parts)])
     assert isinstance(mixed, Stack)
     check(mixed)
+
+
+def test_int_by_hand() -> None:
+    """Two groups of two columns; w = scale (code - zero), and with an order the columns go where they belong."""
+    codes, scales = torch.tensor([[0, 8, 15, 7]], dtype=torch.uint8), torch.tensor([[0.5, 2.0]])
+    check(Int(4, codes, scales, 8))
+    assert Int(4, codes, scales, 8).dequantize().tolist() == [[-4.0, 0.0, 14.0, -2.0]]
+    zeros = torch.tensor([[0.0, 15.0]])
+    assert Int(4, codes, scales, zeros).dequantize().tolist() == [[0.0, 4.0, 0.0, -16.0]]
+    order = torch.tensor([3, 0, 1, 2])
+    assert Int(4, codes, scales, 8, order).dequantize().tolist() == [[0.0, 14.0, -2.0, -4.0]]
+
+
+def test_codebook_by_hand() -> None:
+    weight = Codebook4(torch.tensor([[0, 15, 1]], dtype=torch.uint8), torch.tensor([[2.0]]), torch.arange(16).float())
+    assert weight.dequantize().tolist() == [[0.0, 30.0, 2.0]]
+    check(weight)

@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from pelton.errors import ModelFormatError
+from pelton.ops.native import native, reason
+from pelton.quant.layout import Blocks, Dense
+from pelton.quant.native import Packed
 from pelton.weights.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from pelton.weights.files import ModelFiles, open_model
 from pelton.weights.gguf_names import ARCHITECTURES, hf_name
@@ -243,3 +246,30 @@ def test_dummy_checkpoint() -> None:
     assert not torch.equal(weight, layer.tensor("k_proj.weight", (300, 200)))
     assert 0.9 < layer.tensor("input_layernorm.weight", (64,), torch.float32).mean() < 1.1
     ckpt.finish()
+
+
+def test_weights_keep_their_format_and_the_file_its_content(smollm2_path: Path) -> None:
+    """On a CPU a weight is packed from the file's blocks, whose pages are given back; reading them again is possible."""
+    if native is None:
+        pytest.skip(reason)
+    files = open_model(smollm2_path)
+    ckpt = open_checkpoint(files, torch.bfloat16, torch.device("cpu"), activations="int8")
+    name, stored = "model.layers.0.self_attn.q_proj.weight", files.tensors["model.layers.0.self_attn.q_proj.weight"]
+    before = stored.data.copy()
+    weight = ckpt.linear(name, (576, 576))
+    assert isinstance(weight, Blocks) and weight.type.name == "Q4_1"
+    expected = weight.dequantize()
+    packed = ckpt.packed(weight)
+    assert isinstance(packed, Packed)
+    assert torch.equal(packed.dequantize(), expected)
+    assert np.array_equal(stored.data, before)
+
+
+def test_float32_weights_become_the_compute_dtype(tmp_path: Path) -> None:
+    save_file({"w.weight": torch.randn(32, 32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architectures": []}')
+    for dtype, kept in ((torch.float32, Blocks), (torch.bfloat16, Dense)):
+        ckpt = open_checkpoint(open_model(tmp_path), dtype, torch.device("cpu"))
+        weight = ckpt.linear("w.weight", (32, 32))
+        assert isinstance(weight, kept if native is not None else Dense)
+        assert weight.dequantize().dtype == dtype
