@@ -124,7 +124,8 @@ def test_weights_beyond_the_memory() -> None:
 @pytest.mark.parametrize(
     "args",
     [{"dtype": "int3"}, {"device": "tpu"}, {"tensor_parallel_size": 2}, {"block_size": 12}, {"block_size": 0},
-     {"kv_cache_dtype": "fp8"}, {"cpu_activations": "int4"}, {"gpu_memory_utilization": 0.0}, {"max_num_seqs": 0}, {"max_model_len": -5}, {"max_model_len": "128"}],
+     {"kv_cache_dtype": "fp8"}, {"cpu_activations": "int4"},
+     {"gpu_memory_utilization": 0.0}, {"max_num_seqs": 0}, {"max_model_len": -5}, {"max_model_len": "128"}],
 )
 def test_arguments_that_cannot_work(args: dict[str, Any]) -> None:
     name = next(iter(args))
@@ -169,8 +170,8 @@ def test_keys_and_values_are_kept_as_asked() -> None:
 
 @pytest.mark.parametrize(
     ("args", "activations"),
-    [({}, "int8"), ({"dtype": "bfloat16"}, "int8"), ({"dtype": "float32"}, "fp32"), ({"cpu_activations": "bf16"}, "bf16"),
-     ({"cpu_activations": "int8", "dtype": "float32"}, "int8")],
+    [({}, "int8"), ({"dtype": "bfloat16"}, "int8"), ({"dtype": "float32"}, "fp32"),
+     ({"cpu_activations": "bf16"}, "bf16"), ({"cpu_activations": "int8", "dtype": "float32"}, "int8")],
 )  # fmt: skip
 def test_activations(args: dict[str, Any], activations: str) -> None:
     assert decide(args).device.activations == activations

@@ -23,9 +23,10 @@ def load(path: Path, **options: Any) -> LLM:
 
 def facts(outputs: Sequence[RequestOutput]) -> list[Any]:
     """Token ids and log-probabilities, to the last bit."""
+    completions = [output.outputs[0] for output in outputs]
     return [
-        (list(o.outputs[0].token_ids), [{i: entry.logprob for i, entry in step.items()} for step in o.outputs[0].logprobs])
-        for o in outputs
+        (list(c.token_ids), [{i: entry.logprob for i, entry in step.items()} for step in c.logprobs or []])
+        for c in completions
     ]
 
 

@@ -249,7 +249,7 @@ def test_dummy_checkpoint() -> None:
 
 
 def test_weights_keep_their_format_and_the_file_its_content(smollm2_path: Path) -> None:
-    """On a CPU a weight is packed from the file's blocks, whose pages are given back; reading them again is possible."""
+    """On a CPU a weight is packed from the file's blocks, whose pages are given back and can be read again."""
     if native is None:
         pytest.skip(reason)
     files = open_model(smollm2_path)
