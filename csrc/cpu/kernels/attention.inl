@@ -75,9 +75,8 @@ inline void rope_store(const RopeStoreArgs& a, size_t num_rows, const Team& team
 //
 // The work is cut into tiles: some tokens of one request with the query heads that share a key head, one row for each
 // token and head. A tile walks over spans of 64 keys that begin at multiples of 64, with a running maximum and sum
-// (Milakov and Gimelshein, 2018, arXiv:1805.02867). Spans are cut at 512 keys: each such part is summed alone, then
-// the parts are added up in order, so that several threads can share a long context. What a row computes does not
-// depend on the other rows: keys it does not see count exactly nothing.
+// (Milakov and Gimelshein, 2018, arXiv:1805.02867). Parts of 512 keys are summed alone and added up in order. What a row
+// computes does not depend on the other rows: keys it does not see count exactly nothing.
 
 constexpr size_t span_keys = 64, part_keys = 512, tile_rows = 48;
 
@@ -424,8 +423,8 @@ inline void score_span(const AttentionTile& t, const Groups& groups, size_t span
 
 // Scores of `keys` keys become exponentials, as words; maxima, sums and what was summed before are brought up to date.
 inline void soften_span(const AttentionTile& t, size_t keys, bool pairs, const AttentionSpace& s) {
-    const size_t num_rows = t.num_rows(), stride = pairs ? span_keys / 2 : span_keys;
-    alignas(64) float base[tile_rows], kept[tile_rows];
+    const size_t num_rows = std::min(t.num_rows(), tile_rows), stride = pairs ? span_keys / 2 : span_keys;
+    alignas(64) float base[tile_rows] = {}, kept[tile_rows] = {};
     for (size_t row = 0; row < num_rows; ++row) {
         const float* x = s.scores + row * span_keys;
         F32 most = f_load(x);
