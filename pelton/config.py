@@ -303,10 +303,9 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
     num_blocks = args.num_gpu_blocks_override or min(
         most_blocks, _kv_bytes(args, device, _weight_bytes(model, dtype, device), env) // block_bytes
     )
-    step_tokens = args.max_num_batched_tokens or (512 if device.kind == "cpu" else 2048)
-    chunk = step_tokens if args.enable_chunked_prefill else model_len
+    max_num_batched_tokens = args.max_num_batched_tokens or (512 if device.kind == "cpu" else 2048)
+    chunk = max_num_batched_tokens if args.enable_chunked_prefill else model_len
     max_model_len = _fit_context(args, groups, num_blocks, model_len, block_bytes, chunk, warnings)
-    max_num_batched_tokens = step_tokens
     if not args.enable_chunked_prefill:
         max_num_batched_tokens = max(max_num_batched_tokens, max_model_len)
     return EngineConfig(
@@ -319,7 +318,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
             max_model_len=max_model_len,
             enable_chunked_prefill=args.enable_chunked_prefill,
         ),
-        device=_device_config(args, device, env, notes),
+        device=_device_config(args, device, env),
         notes=tuple(notes),
         warnings=tuple(warnings),
     )
@@ -342,7 +341,7 @@ def _choose_dtype(args: EngineArgs, trained: str, device: DeviceFacts, notes: li
     return dtype
 
 
-def _device_config(args: EngineArgs, device: DeviceFacts, env: Environment, notes: list[str]) -> DeviceConfig:
+def _device_config(args: EngineArgs, device: DeviceFacts, env: Environment) -> DeviceConfig:
     """Threads, their processors, and the precision of products."""
     bound = _parse_cpus(env.cpu_binding, device) if device.kind == "cpu" else ()
     # From 8 cores on, one is left to the server's own process.
