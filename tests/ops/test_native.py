@@ -145,9 +145,9 @@ def test_a_pool_serves_several_callers_and_sizes() -> None:
 def test_the_environment_chooses_the_instruction_set() -> None:
     script = "import pelton._cpu as c; from pelton.runner.device import use_cpu; from pelton.config import *\n" \
              "use_cpu(DeviceConfig('cpu', 1, False, 0), Environment.read().cpu_isa); print(c.isa())"
-    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PELTON_CPU_ISA": "generic"},
+    command = [sys.executable, "-P", "-c", script]  # -P: the installed package, which has the extension
+    done = subprocess.run(command, env={**os.environ, "PELTON_CPU_ISA": "generic"},
                           capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "generic"
-    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PELTON_CPU_ISA": "amx"},
-                          capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, "PELTON_CPU_ISA": "amx"}, capture_output=True, text=True)
     assert "PELTON_CPU_ISA=amx: this processor runs" in done.stderr
