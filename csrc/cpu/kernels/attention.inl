@@ -93,30 +93,41 @@ inline F32 load_cached(const void* base, size_t at, Type type) {
     return f_load_i8(static_cast<const int8_t*>(base) + at);
 }
 
+// What is summed over keys, for each row of a tile.
+struct KeySums {
+    float* values;   // [rows][D]: sums of values, not yet divided
+    float* maximum;  // [rows]: greatest score
+    float* sum;      // [rows]: of exponentials
+
+    KeySums(float* memory, size_t rows, size_t dim)
+        : values(memory), maximum(values + rows * dim), sum(maximum + rows) {}
+    static size_t count(size_t rows, size_t dim) { return rows * (dim + 2); }
+
+    void clear(size_t rows, size_t dim) const {
+        std::memset(values, 0, rows * dim * sizeof(float));
+        for (size_t row = 0; row < rows; ++row) {
+            maximum[row] = -std::numeric_limits<float>::infinity();
+            sum[row] = 0.0f;
+        }
+    }
+};
+
 // The memory of one thread.
 struct AttentionSpace {
+    uint8_t* tiles;   // keys or values of a span, in tiles of 16
     uint32_t* query;  // [rows][D]: as bfloat16, or float32
     uint32_t* probs;  // [rows][span_keys], likewise
-    uint8_t* tiles;   // keys or values of a span, in tiles of 16
     float* scores;    // [rows][span_keys]
-    float* part;      // [rows][D]: the part's sums of values, not yet divided
-    float* total;     // [rows][D]: the sums of the parts before
-    float* maximum;   // [rows]: of the part; then its sum of exponentials; both also for the total
-    float *sum, *total_maximum, *total_sum;
+    KeySums part, total;
 
     static size_t bytes(size_t dim) {
-        return 4 * (tile_rows * dim + tile_rows * span_keys * 2 + span_keys * dim + 2 * tile_rows * dim + 4 * tile_rows);
+        return 4 * (span_keys * dim + tile_rows * dim + 2 * tile_rows * span_keys + 2 * KeySums::count(tile_rows, dim));
     }
-    AttentionSpace(uint8_t* memory, size_t dim) {
-        auto at = reinterpret_cast<float*>(memory);
-        const auto take = [&](size_t n) { return at += n, at - n; };
-        tiles = reinterpret_cast<uint8_t*>(take(span_keys * dim));
-        query = reinterpret_cast<uint32_t*>(take(tile_rows * dim));
-        probs = reinterpret_cast<uint32_t*>(take(tile_rows * span_keys));
-        scores = take(tile_rows * span_keys);
-        part = take(tile_rows * dim), total = take(tile_rows * dim);
-        maximum = take(tile_rows), sum = take(tile_rows), total_maximum = take(tile_rows), total_sum = take(tile_rows);
-    }
+    AttentionSpace(uint8_t* memory, size_t dim)
+        : tiles(memory), query(reinterpret_cast<uint32_t*>(memory) + span_keys * dim), probs(query + tile_rows * dim),
+          scores(reinterpret_cast<float*>(probs + tile_rows * span_keys)),
+          part(scores + tile_rows * span_keys, tile_rows, dim),
+          total(part.values + KeySums::count(tile_rows, dim), tile_rows, dim) {}
 };
 
 // One tile and what it sees.
@@ -136,6 +147,8 @@ struct AttentionTile {
     size_t sees_from(size_t position) const { return a.window && position >= a.window ? position - a.window + 1 : 0; }
     size_t begin() const { return sees_from(first_position); }      // first key that any row sees
     size_t end() const { return first_position + num_tokens; }      // one past the last
+    size_t first_part() const { return begin() / part_keys; }
+    size_t num_parts() const { return (end() + part_keys - 1) / part_keys - first_part(); }
     float* out(size_t row) const {
         return a.out + (first_row + row / num_heads) * a.out_stride + (first_head + row % num_heads) * a.cache.head_size;
     }
@@ -422,17 +435,17 @@ inline void score_span(const AttentionTile& t, const Groups& groups, size_t span
 }
 
 // Scores of `keys` keys become exponentials, as words; maxima, sums and what was summed before are brought up to date.
-inline void soften_span(const AttentionTile& t, size_t keys, bool pairs, const AttentionSpace& s) {
+inline void soften_span(const AttentionTile& t, size_t keys, bool pairs, const AttentionSpace& s, KeySums sums) {
     const size_t num_rows = std::min(t.num_rows(), tile_rows), stride = pairs ? span_keys / 2 : span_keys;
     alignas(64) float base[tile_rows] = {}, kept[tile_rows] = {};
     for (size_t row = 0; row < num_rows; ++row) {
         const float* x = s.scores + row * span_keys;
         F32 most = f_load(x);
         for (size_t i = 16; i < keys; i += 16) most = f_max(most, f_load(x + i));
-        const float before = s.maximum[row], now = std::max(before, f_hmax(most));
+        const float before = sums.maximum[row], now = std::max(before, f_hmax(most));
         base[row] = now == -std::numeric_limits<float>::infinity() ? 0.0f : now;
         kept[row] = before - base[row];
-        s.maximum[row] = now;
+        sums.maximum[row] = now;
     }
     for (size_t row = 0; row < num_rows; row += 16) f_store(kept + row, f_exp(f_load(kept + row)));
     for (size_t row = 0; row < num_rows; ++row) {
@@ -444,30 +457,28 @@ inline void soften_span(const AttentionTile& t, size_t keys, bool pairs, const A
             f_store(x + i, p);
         }
         put_words(s.probs + row * stride, x, keys, pairs);
-        s.sum[row] = s.sum[row] * kept[row] + f_sum(sum);
+        sums.sum[row] = sums.sum[row] * kept[row] + f_sum(sum);
         if (kept[row] == 1.0f) continue;
-        float* out = s.part + row * t.dim;
+        float* out = sums.values + row * t.dim;
         for (size_t d = 0; d < t.dim; d += 16) f_store(out + d, f_mul(f_load(out + d), f_set1(kept[row])));
     }
 }
 
-// The keys of [begin, end), within one part: leaves sums in part, maximum and sum.
-inline void attend_part(const AttentionTile& t, const Groups& groups, size_t begin, size_t end, bool pairs,
-                        const AttentionSpace& s) {
-    for (size_t row = 0; row < t.num_rows(); ++row) {
-        s.maximum[row] = -std::numeric_limits<float>::infinity();
-        s.sum[row] = 0.0f;
-    }
-    std::memset(s.part, 0, t.num_rows() * t.dim * sizeof(float));
+// Sums over part i of a tile, whose queries are in the thread's memory.
+inline void attend_part(const AttentionTile& t, const Groups& groups, size_t i, bool pairs, const AttentionSpace& s,
+                        KeySums sums) {
+    const size_t begin = std::max((t.first_part() + i) * part_keys, t.begin());
+    const size_t end = std::min((t.first_part() + i + 1) * part_keys, t.end());
+    sums.clear(t.num_rows(), t.dim);
     for (size_t span = begin / span_keys * span_keys; span < end; span += span_keys) {
         const size_t from = std::max(span, t.begin()), to = std::min(span + span_keys, t.end());
         const size_t keys = round_up(to - span, 16);
         prefetch_values(t, from, to);
         if (to < t.end()) prefetch_keys(t, to, std::min(to + span_keys, t.end()));
         score_span(t, groups, span, pairs, s);
-        soften_span(t, keys, pairs, s);
+        soften_span(t, keys, pairs, s, sums);
         const auto put = [&](size_t row, size_t i, F32 y) {
-            float* out = s.part + row * t.dim + 16 * i;
+            float* out = sums.values + row * t.dim + 16 * i;
             f_store(out, f_add(f_load(out), y));
         };
 #ifdef PELTON_BF16_DOT
@@ -481,16 +492,17 @@ inline void attend_part(const AttentionTile& t, const Groups& groups, size_t beg
     }
 }
 
-// Adds a part to the total of one row.
-inline void add_part(float* total, float& total_maximum, float& total_sum, const float* part, float maximum, float sum,
-                     size_t dim) {
-    const float now = std::max(total_maximum, maximum);
+// Adds the sums of a part to the total of one row.
+inline void add_part(KeySums total, KeySums part, size_t row, size_t dim) {
+    const float before = total.maximum[row], now = std::max(before, part.maximum[row]);
     if (now == -std::numeric_limits<float>::infinity()) return;
-    const float old_weight = exp_one(total_maximum - now), new_weight = exp_one(maximum - now);
+    const float old_weight = exp_one(before - now), new_weight = exp_one(part.maximum[row] - now);
+    float* to = total.values + row * dim;
+    const float* from = part.values + row * dim;
     for (size_t d = 0; d < dim; d += 16)
-        f_store(total + d, f_fma(f_load(part + d), f_set1(new_weight), f_mul(f_load(total + d), f_set1(old_weight))));
-    total_sum = total_sum * old_weight + sum * new_weight;
-    total_maximum = now;
+        f_store(to + d, f_fma(f_load(from + d), f_set1(new_weight), f_mul(f_load(to + d), f_set1(old_weight))));
+    total.sum[row] = total.sum[row] * old_weight + part.sum[row] * new_weight;
+    total.maximum[row] = now;
 }
 
 inline void write_row(const AttentionTile& t, size_t row, const float* total, float sum) {
@@ -500,27 +512,20 @@ inline void write_row(const AttentionTile& t, size_t row, const float* total, fl
     });
 }
 
-inline void attend_tile(const AttentionTile& t, const AttentionSpace& s) {
-    const Groups groups(t.num_rows());
-    const bool pairs = in_pairs(t.a.cache);
+inline void begin_tile(const AttentionTile& t, const AttentionSpace& s) {
     prefetch_keys(t, t.begin(), std::min(t.begin() + span_keys, t.end()));
-    put_queries(t, pairs, s.query);
-    std::memset(s.total, 0, t.num_rows() * t.dim * sizeof(float));
-    for (size_t row = 0; row < t.num_rows(); ++row) {
-        s.total_maximum[row] = -std::numeric_limits<float>::infinity();
-        s.total_sum[row] = 0.0f;
-    }
-    for (size_t part = t.begin() / part_keys * part_keys; part < t.end(); part += part_keys) {
-        attend_part(t, groups, std::max(part, t.begin()), std::min(part + part_keys, t.end()), pairs, s);
-        for (size_t row = 0; row < t.num_rows(); ++row)
-            add_part(s.total + row * t.dim, s.total_maximum[row], s.total_sum[row], s.part + row * t.dim, s.maximum[row],
-                     s.sum[row], t.dim);
-    }
-    for (size_t row = 0; row < t.num_rows(); ++row) write_row(t, row, s.total + row * t.dim, s.total_sum[row]);
+    put_queries(t, in_pairs(t.a.cache), s.query);
 }
 
-inline Scratch attention_scratch(const AttentionArgs& a, size_t) {
-    return {0, AttentionSpace::bytes(round_up(a.cache.head_size, 16)) + 64};
+// Adds up the parts of a tile in order, as sums_of(i) gives them, and writes the rows.
+template <typename SumsOf>
+inline void add_parts(const AttentionTile& t, KeySums total, SumsOf&& sums_of) {
+    total.clear(t.num_rows(), t.dim);
+    for (size_t i = 0; i < t.num_parts(); ++i) {
+        const KeySums part = sums_of(i);
+        for (size_t row = 0; row < t.num_rows(); ++row) add_part(total, part, row, t.dim);
+    }
+    for (size_t row = 0; row < t.num_rows(); ++row) write_row(t, row, total.values + row * t.dim, total.sum[row]);
 }
 
 // How the rows of requests are cut into tiles: `heads` query heads with `tokens` tokens at most.
@@ -549,14 +554,79 @@ inline AttentionTile make_tile(const AttentionArgs& a, const Tiling& tiling, siz
             round_up(a.cache.head_size, 16)};
 }
 
-inline void attention(const AttentionArgs& a, size_t, const Team& team) {
-    const AttentionSpace space(team.local, round_up(a.cache.head_size, 16));
-    const Tiling tiling(a);
-    size_t total = 0;
-    for (size_t r = 0; r < a.num_requests; ++r) total += tiling.of_request(a, r);
-    team.each_piece(total, 1, [&](Range one) {
-        size_t i = one.begin, r = 0;
+// The tiles of all requests, one request after the other.
+struct Tiles {
+    const AttentionArgs& a;
+    const Tiling tiling;
+    size_t count = 0;
+
+    explicit Tiles(const AttentionArgs& args) : a(args), tiling(args) {
+        for (size_t r = 0; r < a.num_requests; ++r) count += tiling.of_request(a, r);
+    }
+    AttentionTile operator[](size_t i) const {
+        size_t r = 0;
         for (size_t n; i >= (n = tiling.of_request(a, r)); ++r) i -= n;
-        attend_tile(make_tile(a, tiling, r, i), space);
+        return make_tile(a, tiling, r, i);
+    }
+};
+
+// Where there are few tiles with many keys, threads share the parts of a tile. Sums of parts lie in the team's memory,
+// one after the other, until they are added up.
+struct SharedParts {
+    static constexpr size_t memory = size_t(8) << 20;  // 1,000 parts of 8 rows and 256 columns
+    const Tiles& tiles;
+    size_t count = 0, rows = 0;
+
+    explicit SharedParts(const Tiles& all) : tiles(all) {
+        for (size_t i = 0; i < tiles.count; ++i) {
+            const AttentionTile t = tiles[i];
+            count += t.num_parts();
+            rows = std::max(rows, t.num_rows());
+        }
+    }
+    bool fit(size_t dim) const { return count * KeySums::count(rows, dim) * sizeof(float) <= memory; }
+    KeySums sums(const Team& team, size_t i, size_t dim) const {
+        return KeySums(reinterpret_cast<float*>(team.shared) + i * KeySums::count(rows, dim), rows, dim);
+    }
+
+    void attend(const AttentionSpace& s, const Team& team, size_t dim) const {
+        team.each_piece(count, 1, [&](Range one) {
+            size_t tile = 0, part = one.begin;
+            for (size_t n; part >= (n = tiles[tile].num_parts()); ++tile) part -= n;
+            const AttentionTile t = tiles[tile];
+            begin_tile(t, s);
+            attend_part(t, Groups(t.num_rows()), part, in_pairs(t.a.cache), s, sums(team, one.begin, dim));
+        });
+        team.barrier();
+        size_t first = 0;
+        for (size_t i = 0; i < tiles.count; ++i) {
+            const AttentionTile t = tiles[i];
+            if (i % team.num_threads == team.thread)
+                add_parts(t, s.total, [&](size_t part) { return sums(team, first + part, dim); });
+            first += t.num_parts();
+        }
+    }
+};
+
+inline Scratch attention_scratch(const AttentionArgs& a, size_t) {
+    return {SharedParts::memory, AttentionSpace::bytes(round_up(a.cache.head_size, 16)) + 64};
+}
+
+inline void attention(const AttentionArgs& a, size_t, const Team& team) {
+    const size_t dim = round_up(a.cache.head_size, 16);
+    const AttentionSpace space(team.local, dim);
+    const Tiles tiles(a);
+    if (team.num_threads > 1 && tiles.count < 4 * team.num_threads) {
+        const SharedParts parts(tiles);
+        if (parts.count > tiles.count && parts.fit(dim)) return parts.attend(space, team, dim);
+    }
+    team.each_piece(tiles.count, 1, [&](Range one) {
+        const AttentionTile t = tiles[one.begin];
+        const Groups groups(t.num_rows());
+        begin_tile(t, space);
+        add_parts(t, space.total, [&](size_t i) {
+            attend_part(t, groups, i, in_pairs(a.cache), space, space.part);
+            return space.part;
+        });
     });
 }
