@@ -33,7 +33,8 @@ def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Eng
     on_progress: called with (bytes done, bytes in all) of the weights. Raises a PeltonError that names what cannot
     work.
     """
-    files = open_model(hub.resolve(args.model, hub=args.hub, revision=args.revision, download_dir=args.download_dir))
+    path = hub.resolve(args.model, hub=args.hub, revision=args.revision, download_dir=args.download_dir)
+    files = open_model(path)
     if args.load_format not in ("auto", "dummy", files.format):
         raise ConfigError(f"--load-format {args.load_format}: {args.model} is {files.format}; leave the flag out")
     if args.quantization not in (None, "auto", "none", files.format):
@@ -56,7 +57,8 @@ def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Eng
     checkpoint.finish()
 
     kv = KVCache(config.cache, kv_layers, torch.device(config.device.kind))
-    runner = ModelRunner(model, kv, config, Grammars(lambda: load_tokenizer(files, args.tokenizer)))
+    grammars = Grammars(lambda: load_tokenizer(open_model(path), args.tokenizer))  # opened again: files are large
+    runner = ModelRunner(model, kv, config, grammars)
     scheduler = Scheduler(config.scheduler, config.cache)
     return Engine(EngineCore(scheduler, runner), _info(config, runner.why_eager))
 

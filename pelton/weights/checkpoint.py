@@ -20,7 +20,7 @@ from pelton.types import OnProgress
 from pelton.weights.fields import Fields
 from pelton.weights.files import ModelFiles
 from pelton.weights.gguf_names import Architecture
-from pelton.weights.stored import StoredTensor, release
+from pelton.weights.stored import StoredTensor, release, release_files
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Weights decoded at a time: on a CPU, what lies between bytes and result stays in each core's cache.
@@ -107,6 +107,7 @@ class Checkpoint:
 
     def finish(self) -> None:
         """To be called when the model is built: ModelFormatError if it left tensors of the checkpoint unread."""
+        release_files(self._tensors.values())
         unread = sorted(name for name in self._unread if not OPTIONAL.fullmatch(name))
         if unread:
             names = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")

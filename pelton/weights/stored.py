@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,15 +41,27 @@ class StoredTensor:
 
 def release(tensor: StoredTensor) -> None:
     """Give back the memory of a tensor's pages in the mapped file, once nobody reads them; the file still has them."""
-    whole = tensor.data.base  # an array over the whole file
-    view = getattr(whole, "base", None)
-    file = view.obj if isinstance(view, memoryview) else None
-    if not isinstance(whole, np.ndarray) or not isinstance(file, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+    file = _file(tensor)
+    if file is None:
         return
-    start = tensor.data.ctypes.data - whole.ctypes.data
+    start = tensor.data.ctypes.data - tensor.data.base.ctypes.data  # type: ignore[union-attr]
     first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + tensor.data.size) // mmap.PAGESIZE * mmap.PAGESIZE
     if first < end:
         file.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
+def release_files(tensors: Iterable[StoredTensor]) -> None:
+    """Give back the memory of all pages of the tensors' files; what is still used is read again."""
+    for file in {id(file): file for file in map(_file, tensors) if file is not None}.values():
+        file.madvise(mmap.MADV_DONTNEED)
+
+
+def _file(tensor: StoredTensor) -> mmap.mmap | None:
+    """The mapped file that holds a tensor, where its pages can be given back."""
+    whole = tensor.data.base  # an array over the whole file
+    view = getattr(whole, "base", None)
+    file = view.obj if isinstance(view, memoryview) else None
+    return file if isinstance(file, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") else None
 
 
 def map_file(path: Path) -> mmap.mmap:
