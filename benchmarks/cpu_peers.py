@@ -157,7 +157,8 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             program = Path(folder) / "read_memory"
             run(["cc", "-O3", "-march=native", "-pthread", HERE / "read_memory.c", "-o", program])
-            return {"read_gb_per_s": float(run([program, self.num_threads]))}
+            read, fresh = run([program, self.num_threads]).split()
+            return {"read_gb_per_s": float(read), "fresh_s_per_gb": float(fresh)}
 
     def pelton_4b(self) -> Figures:
         """Decoding reads every weight once for each token: the embedding's rows too, as they are the head's."""

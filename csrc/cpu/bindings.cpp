@@ -154,22 +154,24 @@ void softcap(uintptr_t x, size_t num_rows, size_t dim, size_t stride, float cap)
     run(Call::make("softcap", kernels().softcap, SoftcapArgs{pointer<float>(x, "x"), dim, stride, cap}), num_rows);
 }
 
-void gather(uintptr_t out, uintptr_t x, uintptr_t ids, size_t num_rows, size_t dim, size_t out_stride, size_t x_stride) {
-    require(dim >= 1 && out_stride >= dim && x_stride >= dim, "gather needs dim >= 1 and strides of at least dim");
-    GatherArgs args{pointer<float>(out, "out"), pointer<const float>(x, "x"), pointer<const int64_t>(ids, "ids"), dim,
-                    out_stride, x_stride};
-    run(Call::make("gather", kernels().gather, args), num_rows);
-}
-
-// --- attention ----------------------------------------------------------------------------------------------------------
-
 Type parse_type(const std::string& name) {
     if (name == "float32") return Type::f32;
     if (name == "bfloat16") return Type::bf16;
     if (name == "float16") return Type::f16;
     if (name == "int8") return Type::i8;
-    throw std::invalid_argument("a cache holds float32, bfloat16, float16 or int8, not " + name);
+    throw std::invalid_argument("numbers are float32, bfloat16, float16 or int8, not " + name);
 }
+
+void gather(uintptr_t out, uintptr_t x, uintptr_t ids, size_t num_rows, size_t dim, size_t out_stride, size_t x_stride,
+            const std::string& type, float scale) {
+    require(dim >= 1 && out_stride >= dim && x_stride >= dim, "gather needs dim >= 1 and strides of at least dim");
+    require(parse_type(type) != Type::i8, "gather has no scales for int8");
+    GatherArgs args{pointer<float>(out, "out"), pointer<const char>(x, "x"), pointer<const int64_t>(ids, "ids"), dim,
+                    out_stride, x_stride, parse_type(type), scale};
+    run(Call::make("gather", kernels().gather, args), num_rows);
+}
+
+// --- attention ----------------------------------------------------------------------------------------------------------
 
 constexpr size_t max_head_size = 1024;
 
@@ -267,7 +269,7 @@ NB_MODULE(_cpu, m) {
           nb::arg("x_stride"), nb::arg("gate"));
     m.def("softcap", softcap, nb::arg("x"), nb::arg("num_rows"), nb::arg("dim"), nb::arg("stride"), nb::arg("cap"));
     m.def("gather", gather, nb::arg("out"), nb::arg("x"), nb::arg("ids"), nb::arg("num_rows"), nb::arg("dim"),
-          nb::arg("out_stride"), nb::arg("x_stride"));
+          nb::arg("out_stride"), nb::arg("x_stride"), nb::arg("type"), nb::arg("scale"));
     m.def("angles", angles, nb::arg("cos"), nb::arg("sin"), nb::arg("positions"), nb::arg("inv_freq"),
           nb::arg("num_rows"), nb::arg("half"), nb::arg("magnitude"));
     nb::class_<Cache>(m, "Cache", "The paged cache of one layer; it does not own its memory.")

@@ -104,12 +104,14 @@ struct SoftcapArgs {
     float cap;
 };
 
-// out[r] = x[ids[r]]
+// out[r] = x[ids[r]] * scale. x: numbers of `type` (f32, bf16 or f16), at any address.
 struct GatherArgs {
     float* out;
-    const float* x;
+    const void* x;
     const int64_t* ids;
     size_t dim, out_stride, x_stride;
+    Type type;
+    float scale;
 };
 
 // --- attention ----------------------------------------------------------------------------------------------------

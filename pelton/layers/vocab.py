@@ -18,11 +18,12 @@ class Embedding:
         self.scale = scale
 
     @classmethod
-    def load(cls, ckpt: Checkpoint, vocab_size: int, d_model: int, scale: float = 1.0) -> Embedding:
-        """Read `weight` [vocab_size, d_model]."""
+    def load(cls, ckpt: Checkpoint, vocab_size: int, d_model: int, tied: bool, scale: float = 1.0) -> Embedding:
+        """Read `weight` [vocab_size, d_model]; `tied`: it is multiplied with too."""
         # The factor is rounded to the compute dtype first, as the models were trained.
         rounded = float(torch.tensor(scale, dtype=ckpt.dtype))
-        return cls(ckpt.packed(ckpt.linear("weight", (vocab_size, d_model))), rounded)
+        shape = (vocab_size, d_model)
+        return cls(ckpt.packed(ckpt.linear("weight", shape)) if tied else ckpt.table("weight", shape), rounded)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, d_model]."""

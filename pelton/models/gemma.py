@@ -104,7 +104,7 @@ class Gemma2(Model):
 
     def __init__(self, ckpt: Checkpoint, config: GemmaConfig) -> None:
         c, model = config, ckpt.at("model")
-        self.embed = Embedding.load(model.at("embed_tokens"), c.vocab_size, c.d_model, scale=c.d_model**0.5)
+        self.embed = Embedding.load(model.at("embed_tokens"), c.vocab_size, c.d_model, c.tied, c.d_model**0.5)
         self.global_rope, self.local_rope = self.load_ropes(ckpt, c.attention[0].head_size)
         self.blocks = [Block(model.at(f"layers.{i}"), c, i) for i in range(len(c.attention))]
         self.norm = RMSNorm.load(model.at("norm"), c.d_model, c.eps, offset=1.0)

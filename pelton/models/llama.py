@@ -101,7 +101,7 @@ class Llama(Model):
 
     def __init__(self, ckpt: Checkpoint, config: LlamaConfig) -> None:
         c, model = config, ckpt.at("model")
-        self.embed = Embedding.load(model.at("embed_tokens"), c.vocab_size, c.d_model)
+        self.embed = Embedding.load(model.at("embed_tokens"), c.vocab_size, c.d_model, c.tied)
         self.rope = Rope.parse(ckpt.config, c.attention[0].head_size, ckpt.device)
         self.blocks = [Block(model.at(f"layers.{i}"), c, i) for i in range(len(c.attention))]
         self.norm = RMSNorm.load(model.at("norm"), c.d_model, c.eps)

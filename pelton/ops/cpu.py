@@ -56,6 +56,17 @@ def embed(ids: Tensor, weight: Any, size: int, scale: float) -> Tensor:
     return out
 
 
+def look_up(
+    ids: Tensor, address: int, dtype: torch.dtype, size: int, stride: int, scale: float = 1.0
+) -> Tensor:
+    """Rows of numbers at an address, times scale: int64 [T] -> float32 [T, size]."""
+    out = empty(ids.shape[0], size)
+    native.gather(  # type: ignore[union-attr]
+        out.data_ptr(), address, ids.data_ptr(), ids.shape[0], size, out.stride(0), stride, DTYPE_NAMES[dtype], scale
+    )
+    return out
+
+
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
@@ -88,11 +99,7 @@ def _softcap_(x: Tensor, cap: float) -> None:
 
 
 def _select_rows(x: Tensor, row_ids: Tensor) -> Tensor:
-    out = empty(row_ids.shape[0], x.shape[1])
-    native.gather(  # type: ignore[union-attr]
-        out.data_ptr(), x.data_ptr(), row_ids.data_ptr(), row_ids.shape[0], x.shape[1], out.stride(0), x.stride(0)
-    )
-    return out
+    return look_up(row_ids, x.data_ptr(), torch.float32, x.shape[1], x.stride(0))
 
 
 # --- positions and the cache --------------------------------------------------------------------------------------

@@ -58,6 +58,22 @@ class PackedStack(Stack):
         return out
 
 
+class Table(LinearWeight):
+    """Numbers of which only rows are looked up: they stay where they lie, in a mapped file."""
+
+    def __init__(self, weight: Blocks) -> None:
+        """weight: in one of the formats of NUMBERS, its rows in order."""
+        self.weight = weight
+        self.shape = weight.shape
+        self.dtype = next(dtype for dtype, name in NUMBERS.items() if name == weight.type.name)
+
+    def rows(self, ids: Tensor, scale: float = 1.0) -> Tensor:
+        return cpu.look_up(ids, self.weight.data.data_ptr(), self.dtype, self.shape[1], self.shape[1], scale)
+
+    def dequantize(self) -> Tensor:
+        return self.weight.dequantize()
+
+
 def pack(weight: LinearWeight, activations: str) -> LinearWeight:
     """`weight` packed; as it is where the extension module has no layout for it, or is missing."""
     if native is None:

@@ -15,7 +15,7 @@ from pelton.errors import ModelFormatError
 from pelton.ops.native import native
 from pelton.quant import FORMATS
 from pelton.quant.layout import Blocks, Dense, LinearWeight
-from pelton.quant.native import pack
+from pelton.quant.native import NUMBERS, Table, pack
 from pelton.types import OnProgress
 from pelton.weights.fields import Fields
 from pelton.weights.files import ModelFiles
@@ -104,6 +104,14 @@ class Checkpoint:
                 release(stored)
         self._kept.clear()
         return packed
+
+    def table(self, name: str, shape: tuple[int, int]) -> LinearWeight:
+        """The weight `name` [N, K], of which only rows are looked up: numbers stay in the mapped file on a CPU."""
+        weight = self.linear(name, shape)
+        if not isinstance(weight, Blocks) or weight.type.name not in NUMBERS.values():
+            return self.packed(weight)
+        self._kept.clear()
+        return Table(weight)
 
     def finish(self) -> None:
         """To be called when the model is built: ModelFormatError if it left tensors of the checkpoint unread."""

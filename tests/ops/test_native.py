@@ -29,7 +29,7 @@ CALLS: dict[str, dict[str, Any]] = {  # arguments that work
               "gate": "silu"},
     "softcap": {"x": address(), "num_rows": 1, "dim": 8, "stride": 8, "cap": 2.0},
     "gather": {"out": address(), "x": address(), "ids": torch.zeros(1, dtype=torch.int64).data_ptr(), "num_rows": 0,
-               "dim": 8, "out_stride": 8, "x_stride": 8},
+               "dim": 8, "out_stride": 8, "x_stride": 8, "type": "float32", "scale": 1.0},
 }
 
 
@@ -42,7 +42,7 @@ CALLS: dict[str, dict[str, Any]] = {  # arguments that work
         )),
         *(("gated", c) for c in ({"x": 0}, {"dim": 0}, {"x_stride": 15}, {"out_stride": 7}, {"gate": "relu"})),
         *(("softcap", c) for c in ({"x": 0}, {"dim": 0}, {"stride": 7}, {"cap": 0.0}, {"cap": float("nan")})),
-        *(("gather", c) for c in ({"ids": 0}, {"dim": 0}, {"x_stride": 7}, {"out_stride": 7})),
+        *(("gather", c) for c in ({"ids": 0}, {"dim": 0}, {"x_stride": 7}, {"out_stride": 7}, {"type": "int8"})),
     ],
 )
 def test_arguments_are_checked(name: str, change: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pelton.quant import FORMATS
 from pelton.quant.layout import Blocks, Codebook4, Dense, Int, LinearWeight, Stack, fuse
-from pelton.quant.native import Packed, PackedStack, pack
+from pelton.quant.native import Packed, PackedStack, Table, pack
 from pelton.weights.gguf import BLOCK_TYPES
 
 TYPES = {block.name: block for block in BLOCK_TYPES.values()}
@@ -147,3 +147,6 @@ def test_rows_of_an_embedding(cpu: Any) -> None:
     weight = blocks("Q6_K")
     ids = torch.tensor([39, 0, 17, 17])
     torch.testing.assert_close(packed(weight).rows(ids, 2.5), weight.dequantize()[ids] * 2.5)
+    for name in ("F32", "F16", "BF16"):
+        weight = blocks(name, num_in=37)
+        assert torch.equal(Table(weight).rows(ids, 2.5), weight.dequantize()[ids].float() * 2.5)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from pelton.errors import ModelFormatError
 from pelton.ops.native import native, reason
 from pelton.quant.layout import Blocks, Dense
-from pelton.quant.native import Packed
+from pelton.quant.native import Packed, Table
 from pelton.weights.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from pelton.weights.files import ModelFiles, open_model
 from pelton.weights.gguf_names import ARCHITECTURES, hf_name
@@ -273,3 +273,26 @@ def test_float32_weights_become_the_compute_dtype(tmp_path: Path) -> None:
         weight = ckpt.linear("w.weight", (32, 32))
         assert isinstance(weight, kept if native is not None else Dense)
         assert weight.dequantize().dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_table_stays_in_the_file(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Rows that are only looked up are not packed; 37 columns of 2 or 4 bytes begin at odd multiples."""
+    numbers = torch.randn(20, 37).to(dtype)
+    save_file({"w.weight": numbers}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architectures": []}')
+    files = open_model(tmp_path)
+    ckpt = open_checkpoint(files, dtype, torch.device("cpu"))
+    table = ckpt.table("w.weight", (20, 37))
+    ckpt.finish()
+    if native is not None:
+        assert isinstance(table, Table)
+        assert table.weight.data.data_ptr() == files.tensors["w.weight"].data.ctypes.data
+    ids = torch.tensor([19, 0, 7, 7])
+    assert torch.equal(table.rows(ids, 2.5).float(), (numbers[ids].float() * 2.5).to(table.rows(ids).dtype).float())
+    assert torch.equal(table.dequantize().float(), numbers.float())
+
+
+def test_a_quantised_table_is_packed(smollm2_path: Path) -> None:
+    ckpt = open_checkpoint(open_model(smollm2_path), torch.float32, torch.device("cpu"))
+    assert isinstance(ckpt.table("model.embed_tokens.weight", (49152, 576)), Dense if native is None else Packed)

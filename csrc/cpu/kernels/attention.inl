@@ -86,13 +86,6 @@ inline bool in_pairs(const Cache& c) { return c.type == Type::bf16; }
 inline bool in_pairs(const Cache&) { return false; }
 #endif
 
-inline F32 load_cached(const void* base, size_t at, Type type) {
-    if (type == Type::f32) return f_load(static_cast<const float*>(base) + at);
-    if (type == Type::bf16) return f_load_bf16(static_cast<const uint16_t*>(base) + at);
-    if (type == Type::f16) return f_load_f16(static_cast<const uint16_t*>(base) + at);
-    return f_load_i8(static_cast<const int8_t*>(base) + at);
-}
-
 // What is summed over keys, for each row of a tile.
 struct KeySums {
     float* values;   // [rows][D]: sums of values, not yet divided
@@ -227,7 +220,7 @@ inline void open_keys(const AttentionTile& t, size_t span, size_t begin, size_t 
 #endif
         float* out = reinterpret_cast<float*>(tiles) + 16 * t.dim * i;
         for (size_t d = 0; d < t.dim; ++d, out += 16) {
-            const F32 k = d < c.head_size ? load_cached(c.keys, at + d * c.block_size, c.type) : zero;
+            const F32 k = d < c.head_size ? load_numbers(c.keys, at + d * c.block_size, c.type) : zero;
             f_store(out, whole ? k : f_less(zero, mask, k, zero));
         }
     }
@@ -265,7 +258,7 @@ inline void open_values(const AttentionTile& t, size_t span, size_t begin, size_
                                    key % c.block_size];
         for (size_t d = 0; d < t.dim; d += 16)
             f_store(reinterpret_cast<float*>(tiles) + (d * keys + k * 16),
-                    seen ? f_mul(load_cached(c.values, at(key) + d, c.type), f_set1(scale)) : f_set1(0.0f));
+                    seen ? f_mul(load_numbers(c.values, at(key) + d, c.type), f_set1(scale)) : f_set1(0.0f));
     }
 }
 

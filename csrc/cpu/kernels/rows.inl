@@ -72,10 +72,25 @@ inline void softcap(const SoftcapArgs& a, size_t num_rows, const Team& team) {
     }
 }
 
+// Sixteen numbers from `at` on.
+inline F32 load_numbers(const void* base, size_t at, Type type) {
+    if (type == Type::f32) return f_load(static_cast<const float*>(base) + at);
+    if (type == Type::bf16) return f_load_bf16(static_cast<const uint16_t*>(base) + at);
+    if (type == Type::f16) return f_load_f16(static_cast<const uint16_t*>(base) + at);
+    return f_load_i8(static_cast<const int8_t*>(base) + at);
+}
+
 inline void gather(const GatherArgs& a, size_t num_rows, const Team& team) {
+    const size_t size = a.type == Type::f32 ? 4 : 2;
     const Range mine = team.share(num_rows);
-    for (size_t r = mine.begin; r < mine.end; ++r)
-        std::memcpy(a.out + r * a.out_stride, a.x + size_t(a.ids[r]) * a.x_stride, a.dim * sizeof(float));
+    for (size_t r = mine.begin; r < mine.end; ++r) {
+        const auto row = static_cast<const uint8_t*>(a.x) + size_t(a.ids[r]) * a.x_stride * size;
+        each_piece(a.dim, [&](size_t i, size_t n) {
+            alignas(64) uint8_t piece[64] = {};  // rows may begin at an odd address
+            std::memcpy(piece, row + i * size, n * size);
+            store_piece(a.out + r * a.out_stride + i, f_mul(load_numbers(piece, 0, a.type), f_set1(a.scale)), n);
+        });
+    }
 }
 
 inline void angles(const AnglesArgs& a, size_t num_rows, const Team& team) {
