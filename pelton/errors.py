@@ -2,6 +2,7 @@
 
 PeltonError
 ├── ConfigError          a flag, an argument or an environment variable cannot work (also a ValueError)
+├── DeviceError          the GPU, its driver or its compiler fails
 ├── ModelNotFoundError   a model name leads to no files
 ├── ModelFormatError     a checkpoint is malformed or not supported; names the field
 ├── RequestError         a client asked for something that cannot be done (also a ValueError; HTTP 400)
@@ -20,6 +21,10 @@ class PeltonError(Exception):
 
 class ConfigError(PeltonError, ValueError):
     """A flag, an argument or an environment variable that cannot work."""
+
+
+class DeviceError(PeltonError):
+    """A GPU that cannot be used: its driver, its compiler or its memory fails."""
 
 
 class ModelNotFoundError(PeltonError):

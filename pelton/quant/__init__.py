@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from pelton.quant import gguf
+from pelton.quant.codes import Codes
 
-# Name of a block format -> its definition: bytes of blocks, uint8 [B, bytes], to weights, float32 [B, weights].
-FORMATS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "F32": gguf.f32,
-    "F16": gguf.f16,
-    "BF16": gguf.bf16,
+# Name of a block format -> the parts of its blocks, uint8 [B, bytes].
+CODED: Mapping[str, Callable[[Tensor], Codes]] = {
     "Q4_0": gguf.q4_0,
     "Q4_1": gguf.q4_1,
     "Q5_0": gguf.q5_0,
@@ -25,4 +23,17 @@ FORMATS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Q6_K": gguf.q6_k,
     "IQ4_NL": gguf.iq4_nl,
     "IQ4_XS": gguf.iq4_xs,
+}
+
+
+def _weights(parts_of: Callable[[Tensor], Codes]) -> Callable[[Tensor], Tensor]:
+    return lambda blocks: parts_of(blocks).weights()
+
+
+# Name of a block format -> its definition: bytes of blocks, uint8 [B, bytes], to weights, float32 [B, weights].
+FORMATS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "F32": gguf.f32,
+    "F16": gguf.f16,
+    "BF16": gguf.bf16,
+    **{name: _weights(parts_of) for name, parts_of in CODED.items()},
 }

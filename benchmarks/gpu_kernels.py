@@ -1,0 +1,125 @@
+"""Times the products of one decode step on a GPU: all layers of a Llama-3.1-8B shape, in a CUDA graph.
+
+    python benchmarks/gpu_kernels.py [--rows 1,16,32] [--layouts bf16,int4,...] [--layers 32]
+
+Prints for each layout and number of rows: ms a step, the bytes of weights over that time, and their share of what the
+card reads; for bf16 also torch's own product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pelton.ops.cuda import few_rows
+from pelton.quant.codes import Codes
+from pelton.quant.tiled import Tiles, make_tiles
+
+SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+
+
+def codes(shape: tuple[int, int], bits: int, group: int, **options: object) -> Codes:
+    num_out, num_in = shape
+    u = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, device="cuda")
+    scales = torch.rand(num_out, num_in // group, device="cuda").half().float() * 0.01
+    return Codes(bits, u, scales, **options)
+
+
+def q4_k(shape: tuple[int, int]) -> Codes:
+    num_out, num_in = shape
+    u = torch.randint(0, 16, shape, dtype=torch.uint8, device="cuda")
+    subs = [torch.randint(0, 64, (num_out, num_in // 32), dtype=torch.uint8, device="cuda") for _ in range(2)]
+    supers = [torch.rand(num_out, num_in // 256, device="cuda").half().float() * 1e-3 for _ in range(2)]
+    return Codes(4, u, *subs, supers=supers[0], super_mins=supers[1])
+
+
+def with_minima(shape: tuple[int, int]) -> Codes:
+    parts = codes(shape, 4, 128)
+    return Codes(4, parts.codes, parts.scales, parts.scales * 8)
+
+
+LAYOUTS: dict[str, Callable[[tuple[int, int]], Tensor | Tiles]] = {
+    "bf16": lambda shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02,
+    "int4": lambda shape: make_tiles(codes(shape, 4, 128, zero=8)),
+    "int4z": lambda shape: make_tiles(with_minima(shape)),
+    "nf4": lambda shape: make_tiles(codes(shape, 4, 64, values=tuple(i / 8 - 1 for i in range(16)))),
+    "q4_k": lambda shape: make_tiles(q4_k(shape)),
+    "q6_k": lambda shape: make_tiles(codes(shape, 6, 16, zero=32)),
+    "int8": lambda shape: make_tiles(codes(shape, 8, shape[1], zero=128)),
+}
+
+
+def num_bytes(weight: Tensor | Tiles) -> int:
+    tensors = [weight] if isinstance(weight, Tensor) else [weight.codes, weight.more, weight.scales, weight.supers]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def time_graph(run: Callable[[], None], repeats: int = 20) -> float:
+    """Milliseconds of one replay, the median of several."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def read_speed() -> float:
+    """GB/s of reading memory."""
+    x = torch.ones(4 << 30, dtype=torch.uint8, device="cuda").view(torch.float32)
+    out = torch.empty((), device="cuda")
+    return x.numel() * 4 / time_graph(lambda: torch.sum(x, dim=0, out=out)) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="1,8,16,32")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS))
+    parser.add_argument("--layers", type=int, default=32)
+    args = parser.parse_args()
+    speed = read_speed()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: reads {speed:,.0f} GB/s", flush=True)
+    for name in args.layouts.split(","):
+        layers = [[LAYOUTS[name](shape) for shape in SHAPES] for _ in range(args.layers)]
+        size = sum(num_bytes(weight) for layer in layers for weight in layer)
+        for num_rows in map(int, args.rows.split(",")):
+            report(name, num_rows, layers, size, speed)
+        del layers
+
+
+def report(name: str, num_rows: int, layers: Sequence[Sequence[Tensor | Tiles]], size: int, speed: float) -> None:
+    inputs = {k: torch.randn(num_rows, k, device="cuda", dtype=torch.bfloat16) for _, k in SHAPES}
+    outputs = {n: torch.empty(num_rows, n, device="cuda", dtype=torch.bfloat16) for n, _ in SHAPES}
+
+    def ours() -> None:
+        for layer in layers:
+            for weight in layer:
+                num_out, num_in = weight.shape
+                few_rows.multiply(inputs[num_in], weight, outputs[num_out])
+
+    def torchs() -> None:
+        for layer in layers:
+            for weight in layer:
+                torch.mm(inputs[weight.shape[1]], weight.T, out=outputs[weight.shape[0]])
+
+    ms = time_graph(ours)
+    line = f"{name:6} {num_rows:3} rows  {ms:7.3f} ms  {size / ms / 1e6:6,.0f} GB/s  {size / ms / 1e6 / speed:4.0%}"
+    if name == "bf16":
+        line += f"   torch {time_graph(torchs):7.3f} ms"
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

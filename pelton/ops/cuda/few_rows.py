@@ -1,0 +1,130 @@
+"""Products of few rows with a weight on a GPU: reads the weight once, at memory speed (few_rows.cu)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from pelton.ops.cuda.launch import num_processors
+from pelton.ops.cuda.program import Function, load
+from pelton.quant.tiled import COLUMNS, ROWS, Tiles
+
+MAX_ROWS = 64
+MAX_SPLIT = 8
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class _Args(ctypes.Structure):
+    """As in few_rows.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "out", "x", "codes", "more", "scales", "supers", "values", "bias", "partial", "arrived")),
+        *((name, ctypes.c_int) for name in ("M", "N", "K", "out_stride", "x_stride", "accumulate")),
+    ]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How work is cut: rows of x / 8, tiles of 16 weight rows of a warp, warps of a block, blocks that share columns."""
+
+    NT: int
+    MT: int
+    WARPS: int
+    SPLIT: int
+
+    @property
+    def shared_bytes(self) -> int:
+        return 4 * self.WARPS * 16 * self.MT * (8 * self.NT + 1)
+
+
+def accepts(x: Tensor, num_in: int) -> bool:
+    """Whether products with x [M, K] are this kernel's."""
+    return x.shape[0] <= MAX_ROWS and _reads(x, num_in)
+
+
+def _reads(x: Tensor, num_in: int) -> bool:
+    return x.dtype in HALVES and x.stride(1) == 1 and x.stride(0) % 4 == 0 and x.data_ptr() % 8 == 0 and num_in % 8 == 0
+
+
+def multiply(
+    x: Tensor, weight: Tensor | Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False
+) -> None:
+    """out = x W^T (+ bias), or added to out. x [M, K]; weight: W [N, K] in x's dtype, or tiles; out [M, N] in x's dtype
+    or float32; bias in x's dtype."""
+    num_out, num_in = weight.shape
+    shape = _cut(x.shape[0], num_out, num_in, isinstance(weight, Tensor), num_processors(x.device))
+    defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "OUT32": int(out.dtype == torch.float32),
+               **vars(shape)}
+    partial, arrived = _scratch(x.device)
+    args = _pointers(weight)
+    args.out, args.x, args.bias = out.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr()
+    args.partial, args.arrived = partial.data_ptr(), arrived.data_ptr()
+    args.M, args.N, args.K = x.shape[0], num_out, num_in
+    args.out_stride, args.x_stride, args.accumulate = out.stride(0), x.stride(0), int(accumulate)
+    blocks = -(-num_out // (ROWS * shape.MT))
+    _function("few_rows", tuple(sorted(defines.items())), shape.shared_bytes, x.device).launch(
+        (blocks, shape.SPLIT), 32 * shape.WARPS, args, x.device
+    )
+
+
+def open_tiles(tiles: Tiles, dtype: torch.dtype) -> Tensor:
+    """The weights [N, K] in a half precision."""
+    num_out, num_in = tiles.shape
+    device = tiles.codes.device
+    out = torch.empty(num_out, num_in, dtype=dtype, device=device)
+    args = _pointers(tiles)
+    args.out, args.N, args.K, args.out_stride = out.data_ptr(), num_out, num_in, num_in
+    defines = {**_layout(tiles), "HALF": int(dtype == torch.float16), "OUT32": 0, **vars(_Shape(1, 1, 8, 1))}
+    grid = -(-num_out // ROWS), -(-num_in // (8 * COLUMNS))
+    _function("open_codes", tuple(sorted(defines.items())), 0, device).launch(grid, 256, args, device)
+    return out
+
+
+@cache
+def _cut(num_rows: int, num_out: int, num_in: int, is_dense: bool, processors: int) -> _Shape:
+    """Enough warps to keep the memory busy; more weight rows a warp where x has many rows, which it reads each time."""
+    nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
+    mt = {1: 1, 2: 2, 4: 4, 8: 4}[nt]
+    warps = 8 if nt < 8 else 4
+    blocks = -(-num_out // (ROWS * mt))
+    split = 1
+    while split < MAX_SPLIT and blocks * split < 2 * processors and num_in // COLUMNS >= 4 * warps * split:
+        split *= 2
+    return _Shape(nt, mt, warps, split)
+
+
+def _layout(weight: Tensor | Tiles) -> Mapping[str, int]:
+    if isinstance(weight, Tensor):
+        return {"NUMBERS": 1, "BITS": 16, "GROUP": 64, "SCALE": 16, "MIN": 0, "ZERO": 0, "LOOKUP": 0}
+    return {
+        "NUMBERS": 0, "BITS": weight.bits, "GROUP": weight.group, "SCALE": weight.scale_bits,
+        "MIN": int(weight.has_min), "ZERO": weight.zero, "LOOKUP": int(weight.values.numel() > 0),
+    }
+
+
+def _pointers(weight: Tensor | Tiles) -> _Args:
+    args = _Args()
+    if isinstance(weight, Tensor):
+        args.codes = weight.data_ptr()
+    else:
+        for name in ("codes", "more", "scales", "supers", "values"):
+            setattr(args, name, getattr(weight, name).data_ptr())
+    return args
+
+
+@cache
+def _function(name: str, defines: tuple[tuple[str, int], ...], shared_bytes: int, device: torch.device) -> Function:
+    return load("few_rows.cu", name, dict(defines), shared_bytes, device)
+
+
+@cache
+def _scratch(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sums of blocks that share columns, and how many of them are there: for one product at a time."""
+    most = 4 * num_processors(device) * ROWS * 4 * MAX_ROWS
+    return torch.empty(most, device=device), torch.zeros(4096, dtype=torch.int32, device=device)

@@ -1,0 +1,136 @@
+"""Kernels in CUDA C++: compiled for the GPU at hand by NVRTC, which comes with torch, and kept on disk.
+
+The driver is called through ctypes: torch has no public way to launch a kernel with attributes, and a toolkit is not to
+be needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pelton.errors import DeviceError
+
+SOURCES = Path(__file__).parent
+KEPT = Path("~/.cache/pelton/kernels")
+OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: begin before the kernel before has ended
+MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+class Function:
+    """A compiled kernel, taking one struct of arguments."""
+
+    def __init__(self, handle: ctypes.c_void_p, shared_bytes: int) -> None:
+        self._handle = handle
+        self._shared_bytes = shared_bytes
+
+    def launch(self, grid: tuple[int, int], num_threads: int, args: ctypes.Structure, device: torch.device) -> None:
+        """Enqueue on the current stream. The kernel may begin while the one before still runs, and waits for it itself."""
+        attribute = _Attribute(OVERLAP, b"", _Value(programmatic=1))
+        config = _Config(*grid, 1, num_threads, 1, 1, self._shared_bytes, torch.cuda.current_stream(device).cuda_stream,
+                         ctypes.pointer(attribute), int(torch.cuda.get_device_capability(device) >= (9, 0)))
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._handle, pointers, None), "launch")
+
+
+def load(source: str, name: str, defines: Mapping[str, int], shared_bytes: int, device: torch.device) -> Function:
+    """The function `name` of a source file of this folder, compiled with some definitions. DeviceError if it is not."""
+    major, minor = torch.cuda.get_device_capability(device)
+    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "--device-int128",
+               *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
+    image = _cubin((SOURCES / source).read_text(), source, options)
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # makes sure that the device has a context
+        _check(_driver().cuModuleLoadData(ctypes.byref(module), image), f"loading {name}")
+        _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
+        if shared_bytes > 48 << 10:
+            _check(_driver().cuFuncSetAttribute(function, MAX_SHARED, shared_bytes), f"shared memory of {name}")
+    return Function(function, shared_bytes)
+
+
+def _cubin(text: str, source: str, options: Sequence[str]) -> bytes:
+    """Machine code, from the disk where it is there already."""
+    nvrtc = _nvrtc()
+    version = (ctypes.c_int(), ctypes.c_int())
+    nvrtc.nvrtcVersion(*(ctypes.byref(part) for part in version))
+    key = hashlib.sha256(repr((text, options, [part.value for part in version])).encode()).hexdigest()[:32]
+    kept = KEPT.expanduser() / f"{Path(source).stem}-{key}.cubin"
+    if kept.exists():
+        return kept.read_bytes()
+    image = _compile(nvrtc, text, source, options)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    new = kept.with_suffix(f".{os.getpid()}")
+    new.write_bytes(image)
+    new.replace(kept)
+    return image
+
+
+def _compile(nvrtc: ctypes.CDLL, text: str, source: str, options: Sequence[str]) -> bytes:
+    program = ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), source.encode(), 0, None, None)
+    given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), given)
+    if failed:
+        log = _result(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
+        raise DeviceError(f"{source} does not compile for this GPU ({' '.join(options)}): {log}")
+    image = _result(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return image
+
+
+def _result(size_of: Any, read: Any, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    size_of(program, ctypes.byref(size))
+    data = ctypes.create_string_buffer(size.value)
+    read(program, data)
+    return data.raw
+
+
+# --- the libraries --------------------------------------------------------------------------------------------------
+
+
+class _Value(ctypes.Union):
+    _fields_ = [("programmatic", ctypes.c_int), ("room", ctypes.c_char * 64)]
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", _Value)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("num_attributes", ctypes.c_uint),
+    ]
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    """The compiler in the packages that torch depends on."""
+    name = f"libnvrtc.so.{(torch.version.cuda or '').partition('.')[0]}"
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        for path in Path(torch.__file__).parent.parent.glob(f"nvidia/*/lib/{name}"):
+            return ctypes.CDLL(str(path))
+    raise DeviceError(f"{name} is missing, which torch installs; install torch anew")
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise DeviceError(f"{what} failed on the GPU: {(text.value or b'unknown error').decode()}")

@@ -1,0 +1,91 @@
+"""Products of few rows on a GPU, in every layout, against the weights' definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pelton.quant import CODED
+from pelton.quant.codes import Codes
+from pelton.quant.tiled import make_tiles
+from pelton.weights.gguf import BLOCK_TYPES
+
+few_rows = pytest.importorskip("pelton.ops.cuda.few_rows")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+TYPES = {block.name: block for block in BLOCK_TYPES.values()}
+HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
+          "Q6_K": (208,)}  # where a block holds an f16; elsewhere at 0
+NUM_OUT, NUM_IN = 72, 1024
+
+
+def blocks(name: str) -> Codes:
+    generator = torch.Generator().manual_seed(0)
+    block = TYPES[name]
+    raw = torch.randint(0, 256, (NUM_OUT * NUM_IN // block.block_size, block.block_bytes), dtype=torch.uint8,
+                        generator=generator)
+    for start in HALVES.get(name, (0,)):
+        raw[:, start : start + 2] = (torch.rand(len(raw), 1, generator=generator) * 0.01).half().view(torch.uint8)
+    return by_row(CODED[name](raw.cuda()))
+
+
+def by_row(parts: Codes) -> Codes:
+    rows = {name: getattr(parts, name) for name in ("codes", "scales", "mins", "supers", "super_mins")}
+    rows = {name: None if t is None else t.reshape(NUM_OUT, -1) for name, t in rows.items()}
+    return Codes(bits=parts.bits, zero=parts.zero, values=parts.values, **rows)
+
+
+def integers(bits: int, group: int, mins: bool, num_in: int = NUM_IN) -> Codes:
+    codes = torch.randint(0, 1 << bits, (NUM_OUT, num_in), dtype=torch.uint8, device="cuda")
+    scales = torch.rand(NUM_OUT, -(-num_in // group), device="cuda") * 0.01 + 0.001
+    return Codes(bits, codes, scales, scales * 7 if mins else None, zero=0 if mins else 1 << (bits - 1))
+
+
+LAYOUTS = {
+    **{name: lambda name=name: blocks(name) for name in CODED},
+    "int4 group 128": lambda: integers(4, 128, False),
+    "int4 group 64 with minima": lambda: integers(4, 64, True),
+    "int4 group 32": lambda: integers(4, 32, False),
+    "int8 per channel": lambda: integers(8, 1024, False),
+    "int8 of 200 columns": lambda: integers(8, 200, False, num_in=200),
+    "nf4": lambda: Codes(4, integers(4, 64, False).codes, integers(4, 64, False).scales,
+                         values=tuple((torch.linspace(-1, 1, 16) ** 3).tolist())),
+}
+
+
+def close(got: Tensor, expected: Tensor, half: torch.dtype) -> None:
+    step = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[half]
+    scale = expected.abs().max()
+    assert ((got.double() - expected).abs().max() / scale) < 1.5 * step, float((got - expected).abs().max() / scale)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_codes(name: str, half: torch.dtype) -> None:
+    torch.manual_seed(0)
+    parts = LAYOUTS[name]()
+    tiles, expected = make_tiles(parts), parts.weights()
+    opened = few_rows.open_tiles(tiles, half)
+    assert torch.equal(opened, expected.to(half)) or (opened.float() - expected).abs().max() < 1e-2 * expected.abs().max()
+    for num_rows in (1, 2, 8, 9, 16, 31, 64):
+        x = torch.randn(num_rows, expected.shape[1], device="cuda").to(half)
+        bias = torch.randn(expected.shape[0], device="cuda").to(half)
+        out = torch.empty(num_rows, expected.shape[0], device="cuda")
+        few_rows.multiply(x, tiles, out, bias)
+        close(out, x.double() @ expected.double().T + bias.double(), half)
+        again = torch.empty_like(out)
+        few_rows.multiply(x, tiles, again, bias)
+        assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_out", "num_in"), [(72, 1000), (4096, 4096), (33, 14336)])
+def test_numbers(half: torch.dtype, num_out: int, num_in: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(num_out, num_in, device="cuda").to(half)
+    for num_rows in (1, 5, 8, 16, 40):
+        x = torch.randn(num_rows, num_in + 8, device="cuda").to(half)[:, :num_in]
+        residual = torch.randn(num_rows, num_out, device="cuda").to(half)
+        expected = x.double() @ weight.double().T + residual.double()
+        few_rows.multiply(x, weight, residual, accumulate=True)
+        close(residual, expected, half)
