@@ -46,7 +46,7 @@ class LMHead:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[M, d_model] -> [M, V] float32."""
-        logits = self.weight.matmul(x).float()
+        logits = self.weight.logits(x)
         if self.softcap is not None:
             ops.softcap_(logits, self.softcap)
         return logits

@@ -272,7 +272,11 @@ def _attend(
     return out[0].transpose(0, 1) if num_queries > 1 else out[0].flatten(0, 1)[None]  # [T, H, D]
 
 
-from pelton.ops import cpu, cpu_sampling  # noqa: E402  (backends import the declarations above)
+from pelton.ops import cpu, cpu_sampling, gpu  # noqa: E402  (backends import the declarations above)
 
 cpu.register_kernels()
 cpu_sampling.register_kernels()
+if not gpu.why_not():
+    from pelton.ops import cuda
+
+    cuda.register_kernels()

@@ -31,6 +31,10 @@ class LinearWeight(ABC):
         y = F.linear(x, self.dequantize().to(x.dtype), bias)
         return y if add_to is None else add_to.add_(y)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """x W^T in float32: [T, K] -> [T, N]."""
+        return self.matmul(x).float()
+
     def rows(self, ids: Tensor, scale: float = 1.0) -> Tensor:
         """Some rows of W (an embedding's look-up), times scale: [T] -> [T, K]."""
         rows = F.embedding(ids, self.dequantize())

@@ -11,11 +11,12 @@ from pelton import ops
 from pelton.config import EngineConfig
 from pelton.engine.step import Chunk, StepPlan, StepResult, TokenLogprobs
 from pelton.models import Model
+from pelton.ops import gpu
 from pelton.ops.native import native
 from pelton.ops.recording import NotRecordable
 from pelton.runner.batch import BatchBuffers
 from pelton.runner.grammar import Grammars
-from pelton.runner.graph import Graph
+from pelton.runner.graph import Captured, Graphs, Programs
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.logprobs import NON_FINITE, token_logprobs
 from pelton.runner.requests import RequestState, RequestTable
@@ -37,17 +38,20 @@ class ModelRunner:
         limits = config.scheduler
         max_blocks = -(-limits.max_model_len // kv.block_size)
         self.buffers = BatchBuffers(kv, limits.max_num_batched_tokens, limits.max_num_seqs, max_blocks)
-        self.graph: Graph | None = None
+        self.graph: Captured | None = None
         self.why_eager = ""  # a line for a person, where steps run eagerly but need not have
-        if self.device.type == "cpu" and native is not None and not config.device.enforce_eager:
+        if not config.device.enforce_eager:
             self._capture()
 
     @torch.inference_mode()
     def _capture(self) -> None:
-        try:
-            self.graph = Graph(self.model, self.buffers)
-        except NotRecordable as error:
-            self.why_eager = f"steps run eagerly: {error}"
+        if self.device.type == "cuda":
+            self.graph = None if gpu.why_not() else Graphs(self.model, self.buffers)
+        elif native is not None:
+            try:
+                self.graph = Programs(self.model, self.buffers)
+            except NotRecordable as error:
+                self.why_eager = f"steps run eagerly: {error}"
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -69,13 +73,13 @@ class ModelRunner:
     def _forward(self, num_tokens: int, num_requests: int, sampled_rows: list[int]) -> tuple[Tensor, Tensor]:
         """Hidden states [T, d_model] of the filled batch, and the logits [M, V] of its sampled rows."""
         self.buffers.sampled_rows.numpy()[: len(sampled_rows)] = sampled_rows
-        if self.graph is not None:
+        if self.graph is not None and self.graph.takes(num_tokens, num_requests, len(sampled_rows)):
             return self.graph.run(num_tokens, len(sampled_rows))
+        self.buffers.upload(num_tokens, num_requests)
         hidden = self.model.forward(self.buffers.batch(num_tokens, num_requests))
         if not sampled_rows:
             return hidden, hidden[:0]
-        rows = self.buffers.sampled_rows[: len(sampled_rows)].to(self.device)
-        return hidden, self.model.logits(ops.select_rows(hidden, rows))
+        return hidden, self.model.logits(ops.select_rows(hidden, self.buffers.rows(len(sampled_rows))))
 
     def _sample(
         self, logits: Tensor, chunks: list[Chunk], states: list[RequestState], result: StepResult

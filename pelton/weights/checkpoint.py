@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pelton.errors import ModelFormatError
+from pelton.ops import gpu
 from pelton.ops.native import native
-from pelton.quant import FORMATS
+from pelton.quant import CODED, FORMATS
 from pelton.quant.layout import Blocks, Dense, LinearWeight
 from pelton.quant.native import NUMBERS, Table, pack
 from pelton.types import OnProgress
@@ -92,12 +93,14 @@ class Checkpoint:
         order = None if heads == 0 else _half_split_rows(stored, heads)
         self._tell_read(name)
         self._kept.append(stored)
-        return Blocks(stored.type, torch.from_numpy(stored.data), shape, order)
+        data = torch.from_numpy(stored.data).to(self.device)
+        return Blocks(stored.type, data, shape, None if order is None else order.to(self.device))
 
     def packed(self, weight: LinearWeight) -> LinearWeight:
         """`weight` in the order that the device multiplies fastest."""
-        if self.device.type != "cpu":
-            return weight
+        if self.device.type == "cuda":
+            self._kept.clear()
+            return weight if gpu.why_not() else _pack_on_gpu(weight, self.dtype)
         packed = pack(weight, self.activations)
         if packed is not weight:
             for stored in self._kept:
@@ -108,7 +111,7 @@ class Checkpoint:
     def table(self, name: str, shape: tuple[int, int]) -> LinearWeight:
         """The weight `name` [N, K], of which only rows are looked up: numbers stay in the mapped file on a CPU."""
         weight = self.linear(name, shape)
-        if not isinstance(weight, Blocks) or weight.type.name not in NUMBERS.values():
+        if self.device.type == "cuda" or not isinstance(weight, Blocks) or weight.type.name not in NUMBERS.values():
             return self.packed(weight)
         self._kept.clear()
         return Table(weight)
@@ -143,7 +146,9 @@ class Checkpoint:
 
     def _keeps(self, stored: StoredTensor) -> bool:
         """Whether a weight stays in its file's format."""
-        if self.device.type != "cpu" or native is None or stored.type.name not in native.packed_formats():
+        if self.device.type == "cuda":
+            return not gpu.why_not() and stored.type.name in CODED and self.dtype != torch.float32
+        if native is None or stored.type.name not in native.packed_formats():
             return False
         return stored.type.name != "F32" or self.dtype == torch.float32
 
@@ -160,6 +165,12 @@ class Checkpoint:
         if self._gguf is not None and self._gguf.adds_one_to_norms and stored.name.endswith("norm.weight"):
             return (decode(stored, torch.float32, self.device) - 1).to(dtype)
         return decode(stored, dtype, self.device, interleaved_heads)
+
+
+def _pack_on_gpu(weight: LinearWeight, dtype: torch.dtype) -> LinearWeight:
+    from pelton.quant.gpu import pack as pack_on_gpu  # its kernels need Triton
+
+    return pack_on_gpu(weight, dtype)
 
 
 class DummyCheckpoint(Checkpoint):
@@ -179,8 +190,8 @@ class DummyCheckpoint(Checkpoint):
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Normal with deviation `scale`; around 1 for norms."""
         name = self._full(name)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
-        values = torch.randn(shape, generator=generator) * self._scale
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+        values = torch.randn(shape, generator=generator, device=self.device) * self._scale
         if "norm" in name:
             values += 1
         return values.to(self.device, dtype or self.dtype)

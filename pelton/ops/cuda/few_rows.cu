@@ -4,11 +4,11 @@
 // warps of a block, and of SPLIT blocks, take columns in turn; what they summed is added up in a fixed order. Which
 // columns an mma multiplies is free, so a lane takes those whose bytes lie together.
 //
-// w is numbers [N, K], or packed codes (quant/tiled.py): unsigned integers u of BITS bits, for each group of columns with
+// K is a multiple of 64, and rows of x begin at multiples of 16 bytes. w is numbers [N, K], or packed codes (quant/tiled.py): unsigned integers u of BITS bits, for each group of columns with
 // a scale d and a minimum m or a fixed zero:  w = d u - m,  w = d (u - ZERO),  or with LOOKUP  w = d value[u].
 //
 // Defined when compiled: HALF (1: float16, 0: bfloat16), NUMBERS or BITS, GROUP, SCALE (16, 32: floats; 8: multiples of a
-// float16 for each 256 columns), MIN, ZERO, LOOKUP, NT, MT, WARPS, SPLIT, OUT32.
+// float16 for each 256 columns), MIN, ZERO, LOOKUP, NT, MT, WARPS, SPLIT, AHEAD, OUT32.
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -25,7 +25,9 @@ struct Args {
     const u16* bias;      // [N] of x's type, or null
     float* partial;       // [N / (16 MT)][SPLIT][16 MT][8 NT]
     u32* arrived;         // [N / (16 MT)] zeros, zeros again when done
+    const long long* ids;  // [M] rows to open; or null: all
     int M, N, K, out_stride, x_stride, accumulate;
+    float factor;          // of opened weights
 };
 
 #if HALF
@@ -63,23 +65,24 @@ __device__ __forceinline__ u32 to_pair(float low, float high) {
 #endif
     return r;
 }
-// Pairs of small integers: u | MAGIC is the number BASE + u, from which z is taken.
+// Pairs of small integers: u | MAGIC is the number BASE + u. What is too much is taken from the sums, as a multiple of
+// the sum of x.
 #if HALF
-#define MAGIC 0x64006400u  // 1024
+#define MAGIC 0x64006400u
 #define BASE 1024
 #else
-#define MAGIC 0x43004300u  // 128
+#define MAGIC 0x43004300u
 #define BASE 128
 #endif
-__device__ __forceinline__ u32 add_pair(u32 a, u32 negative) {
+// (a & mask) | more in one instruction, where the compiler makes two.
+template <u32 mask>
+__device__ __forceinline__ u32 and_or(u32 a, u32 more) {
     u32 r;
-#if HALF
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(negative));
-#else
-    asm("fma.rn.bf16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(negative), "r"(0x3F803F80u));  // add needs sm_90
-#endif
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "n"(mask), "r"(more));
     return r;
 }
+#define OFFSET (BITS == 8 || LOOKUP ? 0 : BASE + ZERO)
+#define NEEDS_SUM (MIN || OFFSET)
 
 __device__ __forceinline__ uint4 load_once(const u8* p) {
     uint4 v;
@@ -109,12 +112,12 @@ struct Piece {
     u32 one;
 #endif
 #if SCALE == 16
-    u16 scales[2 * GROUPS * PER_GROUP];
+    alignas(16) u16 scales[2 * GROUPS * PER_GROUP];
 #elif SCALE == 32
-    float scales[2 * GROUPS * PER_GROUP];
+    alignas(16) float scales[2 * GROUPS * PER_GROUP];
 #else
-    u8 scales[2 * GROUPS * PER_GROUP];
-    u16 supers[2 * PER_GROUP];
+    alignas(16) u8 scales[2 * GROUPS * PER_GROUP];
+    alignas(16) u16 supers[2 * PER_GROUP];
 #endif
 #endif
 };
@@ -133,17 +136,19 @@ __device__ __forceinline__ void copy(void* to, const u8* from) {
 
 __device__ __forceinline__ void load(Piece& p, const Args& a, int tile, int block, int lane) {
     const int g = lane / 4, t = lane % 4;
+    (void)t;
 #if NUMBERS
+#pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int n = min(16 * tile + g + 8 * r, a.N - 1);
         const u8* row = a.codes + 2 * (u64(n) * a.K + 64 * block + 8 * t);
+#pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const bool inside = 64 * block + 32 * h + 8 * t < a.K;  // K is a multiple of 8
-            p.numbers[r][h] = inside ? load_once(row + 64 * h) : make_uint4(0, 0, 0, 0);
+            p.numbers[r][h] = load_once(row + 64 * h);
         }
     }
 #else
-    const u64 at = (u64(tile) * ((a.K + 63) / 64) + block) * 32 + lane;
+    const u64 at = (u64(tile) * (a.K / 64) + block) * 32 + lane;
 #if BITS >= 4
     for (int i = 0; i < (BITS == 8 ? 2 : 1); ++i) p.codes[i] = load_once(a.codes + (at * (BITS == 8 ? 2 : 1) + i) * 16);
 #endif
@@ -157,7 +162,7 @@ __device__ __forceinline__ void load(Piece& p, const Args& a, int tile, int bloc
 #endif
     constexpr int bytes = sizeof(p.scales);
     const u64 group = GROUP >= 64 ? (u64(tile) * ((a.K + GROUP - 1) / GROUP) + 64 * block / GROUP)
-                                  : u64(tile) * ((a.K + 63) / 64) + block;
+                                  : u64(tile) * (a.K / 64) + block;
     copy<bytes>(p.scales, a.scales + (group * 8 + g) * bytes);
 #if SCALE == 8
     copy<sizeof(p.supers)>(p.supers, a.supers + ((u64(tile) * (a.K / 256) + block / 4) * 8 + g) * sizeof(p.supers));
@@ -166,7 +171,7 @@ __device__ __forceinline__ void load(Piece& p, const Args& a, int tile, int bloc
 }
 
 #if !NUMBERS
-// Pair j of mma s: codes of row g (j even) or g + 8, columns 0, 1 (j < 2) or 2, 3 of the four.
+// Pair j of mma s, of which OFFSET is to be taken: codes of row g (j even) or g + 8, columns 0, 1 (j < 2) or 2, 3 of the four.
 __device__ __forceinline__ u32 code_pair(const Piece& p, int s, int j) {
     u32 u = 0;
 #if BITS == 8
@@ -175,22 +180,22 @@ __device__ __forceinline__ u32 code_pair(const Piece& p, int s, int j) {
     const float high = __uint_as_float(__byte_perm(w, 0x4B000000u, j % 2 ? 0x7443 : 0x7441)) - 8388608.0f - ZERO;
     return to_pair(low, high);
 #else
+    u = MAGIC;
 #if BITS >= 4
-    u = (word(p.codes[0], s) >> (4 * j)) & 0x000F000Fu;
+    u = and_or<0x000F000Fu>(word(p.codes[0], s) >> (4 * j), u);
 #endif
-#if BITS == 2 || BITS == 3 || BITS == 6
-    const u32 two = ((s < 2 ? p.two.x : p.two.y) >> (2 * (4 * (s % 2) + j))) & 0x00030003u;
-    u |= BITS == 6 ? two << 4 : two;
+#if BITS == 2 || BITS == 3
+    u = and_or<0x00030003u>((s < 2 ? p.two.x : p.two.y) >> (2 * (4 * (s % 2) + j)), u);
+#endif
+#if BITS == 6
+    const u32 two = s < 2 ? p.two.x : p.two.y, at = 2 * (4 * (s % 2) + j);
+    u = and_or<0x00300030u>(at >= 4 ? two >> (at - 4) : two << (4 - at), u);
 #endif
 #if BITS == 3 || BITS == 5
-    u |= ((p.one >> (4 * s + j)) & 0x00010001u) << (BITS - 1);
+    const int at = 4 * s + j, to = BITS - 1;
+    u = and_or<0x00010001u << (BITS - 1)>(at >= to ? p.one >> (at - to) : p.one << (to - at), u);
 #endif
-#if HALF
-    constexpr u32 negative = 0xE400E400u + 0x00010001u * ZERO;  // -(1024 + ZERO): float16 counts ones up to 2048
-#else
-    constexpr u32 negative = 0xC300C300u + 0x00010001u * ZERO;  // -(128 + ZERO)
-#endif
-    return add_pair(u | MAGIC, negative);
+    return u;  // the number BASE + u
 #endif
 }
 
@@ -202,15 +207,47 @@ __device__ __forceinline__ float scale_of(const Piece& p, int r, int group, int 
     return p.scales[i];
 #else
     const float super = half_to_float(p.supers[r * PER_GROUP + which]);
-    return super * (MIN ? float(p.scales[i]) : float((signed char)p.scales[i]));
+    const u32 u = MIN ? p.scales[i] : p.scales[i] ^ 128;  // as a float without a conversion: 2^23 + u
+    return super * (__uint_as_float(0x4B000000u | u) - (MIN ? 8388608.0f : 8388736.0f));
 #endif
 }
 #endif
 
-__device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const Piece (&w)[MT], const u32 (&x)[NT][4][2],
+// The columns of x for one piece, as mma wants them. `row`: x of the lane's row g, from column 64 block on.
+struct Columns {
+    u32 words[NT][4][2];
+};
+
+__device__ __forceinline__ void load(Columns& x, const Args& a, int block, int lane) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        const bool inside = 8 * n + g < a.M;
+        const u16* row = a.x + u64(8 * n + g) * a.x_stride + 64 * block;
+#if GROUP == 16
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+            const uint2 v = inside ? *(const uint2*)(row + FOUR_COLUMNS(s, t)) : make_uint2(0, 0);
+            x.words[n][s][0] = v.x, x.words[n][s][1] = v.y;
+        }
+#else
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {  // eight columns together, of two mma
+            const uint4 v = inside ? *(const uint4*)(row + FOUR_COLUMNS(2 * h, t)) : make_uint4(0, 0, 0, 0);
+            x.words[n][2 * h][0] = v.x, x.words[n][2 * h][1] = v.y;
+            x.words[n][2 * h + 1][0] = v.z, x.words[n][2 * h + 1][1] = v.w;
+        }
+#endif
+    }
+}
+
+__device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const Piece (&w)[MT], const Columns& columns,
                                          const u32* table) {
+    const u32(&x)[NT][4][2] = columns.words;
 #if NUMBERS
+#pragma unroll
     for (int i = 0; i < MT; ++i)
+#pragma unroll
         for (int s = 0; s < 4; ++s) {
             const uint4 &top = w[i].numbers[0][s / 2], &low = w[i].numbers[1][s / 2];
             const int at = 2 * (s % 2);
@@ -219,15 +256,18 @@ __device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const Piece (
         }
 #else
     constexpr int per_group = 4 / GROUPS;  // mma of a group
+#pragma unroll
     for (int group = 0; group < GROUPS; ++group) {
         float ones[NT][4] = {};  // the sums of x, in the places of the products
-#if MIN
+#if NEEDS_SUM
         const u32 one = HALF ? 0x3C003C00u : 0x3F803F80u, all[4] = {one, one, one, one};
         for (int n = 0; n < NT; ++n)
             for (int q = 0; q < per_group; ++q) mma(ones[n], all, x[n][group * per_group + q]);
 #endif
+#pragma unroll
         for (int i = 0; i < MT; ++i) {
             float own[NT][4] = {};
+#pragma unroll
             for (int q = 0; q < per_group; ++q) {
                 const int s = group * per_group + q;
                 u32 a[4];
@@ -241,14 +281,16 @@ __device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const Piece (
                 }
                 for (int n = 0; n < NT; ++n) mma(own[n], a, x[n][s]);
             }
+#pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const float d = scale_of(w[i], r, group, 0);
+                const float m = (MIN ? scale_of(w[i], r, group, MIN) : 0.0f) + OFFSET * d;
+#pragma unroll
                 for (int n = 0; n < NT; ++n)
+#pragma unroll
                     for (int c = 2 * r; c < 2 * r + 2; ++c) {
                         sums[i][n][c] += d * own[n][c];
-#if MIN
-                        sums[i][n][c] -= scale_of(w[i], r, group, 1) * ones[n][c];
-#endif
+                        if (NEEDS_SUM) sums[i][n][c] -= m * ones[n][c];
                     }
             }
         }
@@ -268,26 +310,29 @@ __device__ __forceinline__ void store(const Args& a, int m, int n, float y) {
 #endif
 }
 
-#define AHEAD (NUMBERS ? 2 : MT == 1 ? 4 : 2)  // pieces on their way while one is multiplied
-
 extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_constant__ Args a) {
     asm volatile("griddepcontrol.launch_dependents;");
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int first_tile = blockIdx.x * MT, num_tiles = (a.N + 15) / 16, num_blocks = (a.K + 63) / 64;
+    const int first_tile = blockIdx.x * MT, num_tiles = (a.N + 15) / 16, num_blocks = a.K / 64;
     const int step = WARPS * SPLIT, begin = blockIdx.y * WARPS + warp;
     __shared__ u32 table[16];
 #if LOOKUP
     if (threadIdx.x < 16) table[threadIdx.x] = to_pair(a.values[threadIdx.x], 0.0f);
     __syncthreads();
 #endif
-    Piece pieces[AHEAD][MT];
+    Piece pieces[AHEAD][MT];  // on their way while one is multiplied
+    Columns columns_of[AHEAD];
     const auto fetch = [&](int slot, int block) {
-        if (block < num_blocks)
-            for (int i = 0; i < MT; ++i) load(pieces[slot][i], a, min(first_tile + i, num_tiles - 1), block, lane);
+#pragma unroll
+        for (int i = 0; i < MT; ++i) load(pieces[slot][i], a, min(first_tile + i, num_tiles - 1), block, lane);
     };
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) fetch(i, begin + i * step);
+    for (int i = 0; i < AHEAD; ++i)
+        if (begin + i * step < num_blocks) fetch(i, begin + i * step);
     asm volatile("griddepcontrol.wait;" ::: "memory");  // weights never change; x is there from here on
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i)
+        if (begin + i * step < num_blocks) load(columns_of[i], a, begin + i * step, lane);
 
     float sums[MT][NT][4] = {};
     for (int block = begin; block < num_blocks; block += AHEAD * step) {
@@ -295,16 +340,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
         for (int i = 0; i < AHEAD; ++i) {
             const int now = block + i * step;
             if (now >= num_blocks) break;
-            u32 x[NT][4][2];
-            for (int n = 0; n < NT; ++n)
-                for (int s = 0; s < 4; ++s) {
-                    const int m = 8 * n + g, k = 64 * now + FOUR_COLUMNS(s, t);
-                    uint2 four = make_uint2(0, 0);
-                    if (m < a.M && k < a.K) four = *(const uint2*)(a.x + u64(m) * a.x_stride + k);
-                    x[n][s][0] = four.x, x[n][s][1] = four.y;
-                }
-            multiply(sums, pieces[i], x, table);
-            fetch(i, now + AHEAD * step);
+            multiply(sums, pieces[i], columns_of[i], table);
+            const int next = now + AHEAD * step;
+            if (next < num_blocks) {
+                fetch(i, next);
+                load(columns_of[i], a, next, lane);
+            }
         }
     }
 
@@ -345,18 +386,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
 }
 
 #if !NUMBERS
-// The weights themselves, in x's type: out[n, k]. One warp opens 16 rows x 64 columns at a time.
+// The weights themselves times a factor, in x's type: all rows, or those that are asked for, of which a warp then reads
+// 15 others too. One warp opens 16 rows x 64 columns.
 extern "C" __global__ void __launch_bounds__(256) open_codes(const __grid_constant__ Args a) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, num_blocks = (a.K + 63) / 64;
-    const int tile = blockIdx.x, warp = blockIdx.y * 8 + threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, num_blocks = a.K / 64;
+    const int warp = blockIdx.y * 8 + threadIdx.x / 32, id = a.ids ? int(a.ids[blockIdx.x]) : -1;
+    const int tile = a.ids ? id / 16 : blockIdx.x;
+    asm volatile("griddepcontrol.wait;" ::: "memory");
     if (warp >= num_blocks) return;
     Piece p;
     load(p, a, tile, warp, lane);
     for (int s = 0; s < 4; ++s)
         for (int r = 0; r < 2; ++r) {
             const int n = 16 * tile + g + 8 * r, k = 64 * warp + FOUR_COLUMNS(s, t), group = s / (4 / GROUPS);
-            if (n >= a.N || k >= a.K) continue;
-            const float d = scale_of(p, r, group, 0);
+            if (n >= a.N || (a.ids && n != id)) continue;
+            const float d = a.factor * scale_of(p, r, group, 0);
             u32 pairs[2];
             for (int half = 0; half < 2; ++half) {
                 const int j = r + 2 * half;
@@ -365,15 +409,15 @@ extern "C" __global__ void __launch_bounds__(256) open_codes(const __grid_consta
                 float low = d * a.values[u & 15], high = d * a.values[u >> 16];
 #else
                 const u32 q = code_pair(p, s, j);
-                float low = d * to_float(u16(q)), high = d * to_float(u16(q >> 16));
+                float low = d * (to_float(u16(q)) - OFFSET), high = d * (to_float(u16(q >> 16)) - OFFSET);
 #endif
 #if MIN
-                const float m = scale_of(p, r, group, 1);
+                const float m = a.factor * scale_of(p, r, group, 1);
                 low -= m, high -= m;
 #endif
                 pairs[half] = to_pair(low, high);
             }
-            *(uint2*)((u16*)a.out + u64(n) * a.out_stride + k) = make_uint2(pairs[0], pairs[1]);
+            *(uint2*)((u16*)a.out + u64(a.ids ? blockIdx.x : n) * a.out_stride + k) = make_uint2(pairs[0], pairs[1]);
         }
 }
 #endif

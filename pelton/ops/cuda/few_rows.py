@@ -24,32 +24,34 @@ class _Args(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "out", "x", "codes", "more", "scales", "supers", "values", "bias", "partial", "arrived")),
+            "out", "x", "codes", "more", "scales", "supers", "values", "bias", "partial", "arrived",
+            "ids")),
         *((name, ctypes.c_int) for name in ("M", "N", "K", "out_stride", "x_stride", "accumulate")),
+        ("factor", ctypes.c_float),
     ]
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """How work is cut: rows of x / 8, tiles of 16 weight rows of a warp, warps of a block, blocks that share columns."""
+    """How work is cut: rows of x / 8, tiles of 16 weight rows of a warp, warps of a block, blocks that share columns;
+    and how many pieces a warp asks for ahead."""
 
     NT: int
     MT: int
     WARPS: int
     SPLIT: int
+    AHEAD: int
 
     @property
     def shared_bytes(self) -> int:
         return 4 * self.WARPS * 16 * self.MT * (8 * self.NT + 1)
 
 
-def accepts(x: Tensor, num_in: int) -> bool:
-    """Whether products with x [M, K] are this kernel's."""
-    return x.shape[0] <= MAX_ROWS and _reads(x, num_in)
-
-
-def _reads(x: Tensor, num_in: int) -> bool:
-    return x.dtype in HALVES and x.stride(1) == 1 and x.stride(0) % 4 == 0 and x.data_ptr() % 8 == 0 and num_in % 8 == 0
+def accepts(x: Tensor, weight: Tensor | Tiles) -> bool:
+    """Whether the product of x [M, K] and a weight is this kernel's."""
+    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    same = not isinstance(weight, Tensor) or weight.dtype == x.dtype
+    return x.shape[0] <= MAX_ROWS and x.dtype in HALVES and same and aligned and weight.shape[1] % COLUMNS == 0
 
 
 def multiply(
@@ -73,30 +75,36 @@ def multiply(
     )
 
 
-def open_tiles(tiles: Tiles, dtype: torch.dtype) -> Tensor:
-    """The weights [N, K] in a half precision."""
+def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, factor: float = 1.0) -> Tensor:
+    """The weights [N, K], or rows `ids` int64 [T] of them, times a factor, in a half precision."""
     num_out, num_in = tiles.shape
     device = tiles.codes.device
-    out = torch.empty(num_out, num_in, dtype=dtype, device=device)
+    out = torch.empty(num_out if ids is None else len(ids), num_in, dtype=dtype, device=device)
     args = _pointers(tiles)
     args.out, args.N, args.K, args.out_stride = out.data_ptr(), num_out, num_in, num_in
-    defines = {**_layout(tiles), "HALF": int(dtype == torch.float16), "OUT32": 0, **vars(_Shape(1, 1, 8, 1))}
-    grid = -(-num_out // ROWS), -(-num_in // (8 * COLUMNS))
+    args.ids, args.factor = None if ids is None else ids.data_ptr(), factor
+    defines = {**_layout(tiles), "HALF": int(dtype == torch.float16), "OUT32": 0, **vars(_Shape(1, 1, 8, 1, 1))}
+    grid = -(-num_out // ROWS) if ids is None else len(ids), -(-num_in // (8 * COLUMNS))
     _function("open_codes", tuple(sorted(defines.items())), 0, device).launch(grid, 256, args, device)
     return out
 
 
 @cache
 def _cut(num_rows: int, num_out: int, num_in: int, is_dense: bool, processors: int) -> _Shape:
-    """Enough warps to keep the memory busy; more weight rows a warp where x has many rows, which it reads each time."""
+    """Enough warps to keep the memory busy: measured on an H200. More rows of the weight a warp where there are many, as
+    it reads x for each tile."""
     nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
-    mt = {1: 1, 2: 2, 4: 4, 8: 4}[nt]
-    warps = 8 if nt < 8 else 4
-    blocks = -(-num_out // (ROWS * mt))
-    split = 1
-    while split < MAX_SPLIT and blocks * split < 2 * processors and num_in // COLUMNS >= 4 * warps * split:
-        split *= 2
-    return _Shape(nt, mt, warps, split)
+    tiles = -(-num_out // ROWS)
+    few, deep = tiles <= 2 * processors, num_in >= 8192
+    if is_dense:
+        warps, mt, ahead, split = 8, 1, 4 if few else 2, 1
+    elif nt <= 2:
+        warps, mt, ahead, split = (16, 2, 3, 1) if few else (4, 2, 3, 1) if tiles > 4 * processors else (8, 1, 3, 1)
+    elif nt == 4:
+        warps, mt, ahead, split = (8, 4, 2, 2) if few and deep else (8, 2, 3, 1) if few else (4, 4, 2, 1)
+    else:
+        warps, mt, ahead, split = (4, 2, 2, 2 if few and deep else 1)
+    return _Shape(nt, mt, warps, split, ahead)
 
 
 def _layout(weight: Tensor | Tiles) -> Mapping[str, int]:

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-MIN_CAPABILITY = (8, 0)
-
 
 def on_gpu(*tensors: Tensor | None) -> bool:
     """Whether all tensors (of those that are there) lie where Triton's kernels run: on a GPU, or on the CPU in

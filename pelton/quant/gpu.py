@@ -1,0 +1,190 @@
+"""Weights on a GPU: numbers, or codes in tiles. Few rows are multiplied at the speed of reading the weight; for many,
+codes are opened into numbers, which cost little beside the product.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from pelton.ops.cuda import few_rows, rows
+from pelton.quant import CODED
+from pelton.quant.codes import Codes
+from pelton.quant.layout import Blocks, Codebook4, Dense, Int, LinearWeight, Stack
+from pelton.quant.tiled import COLUMNS, ROWS, Tiles, make_tiles
+
+MAX_DENSE_ROWS = 4  # more are multiplied as fast by torch
+
+
+class OnGPU(LinearWeight):
+    """A weight on a GPU."""
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
+        out = x.new_empty(x.shape[0], self.shape[0]) if add_to is None else add_to
+        self.write(x, out, bias, accumulate=add_to is not None)
+        return out
+
+    def logits(self, x: Tensor) -> Tensor:
+        out = x.new_empty(x.shape[0], self.shape[0], dtype=torch.float32)
+        self.write(x, out, None, accumulate=False)
+        return out
+
+    def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
+        """matmul into `out` [T, N], whose rows may be part of longer ones."""
+        weight = self.operand(x)
+        if few_rows.accepts(x, weight) and (isinstance(weight, Tiles) or x.shape[0] <= MAX_DENSE_ROWS):
+            few_rows.multiply(x, weight, out, bias, accumulate)
+            return
+        numbers = few_rows.open_tiles(weight, x.dtype) if isinstance(weight, Tiles) else weight
+        if accumulate:
+            out.addmm_(x, numbers.T)
+            if bias is not None:
+                out.add_(bias)
+        elif out.dtype == x.dtype:
+            torch.addmm(bias, x, numbers.T, out=out) if bias is not None else torch.mm(x, numbers.T, out=out)
+        else:
+            out.copy_(torch.mm(x, numbers.T, out_dtype=out.dtype))
+            if bias is not None:
+                out.add_(bias)
+
+    @abstractmethod
+    def operand(self, x: Tensor) -> Tensor | Tiles:
+        """What x is multiplied with."""
+
+
+class Numbers(OnGPU):
+    """A weight in the compute dtype."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight  # [N, K]
+        self.shape = (weight.shape[0], weight.shape[1])
+
+    def operand(self, x: Tensor) -> Tensor:
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        return self.weight
+
+    def rows(self, ids: Tensor, scale: float = 1.0) -> Tensor:
+        return rows.embed(ids, self.weight, scale)
+
+
+class Tiled(OnGPU):
+    """A quantised weight, at file precision."""
+
+    def __init__(self, tiles: Tiles, dtype: torch.dtype) -> None:
+        """dtype: what the weight is opened to."""
+        self.tiles = tiles
+        self.shape = tiles.shape
+        self.dtype = dtype
+
+    def operand(self, x: Tensor) -> Tiles:
+        return self.tiles
+
+    def dequantize(self) -> Tensor:
+        return few_rows.open_tiles(self.tiles, self.dtype)
+
+    def rows(self, ids: Tensor, scale: float = 1.0) -> Tensor:
+        return few_rows.open_tiles(self.tiles, self.dtype, ids, scale)
+
+
+class Ordered(LinearWeight):
+    """A weight whose column k belongs to input order[k] (GPTQ's act-order)."""
+
+    def __init__(self, weight: OnGPU, order: Tensor) -> None:
+        self.weight = weight
+        self.order = order
+        self.shape = weight.shape
+
+    def dequantize(self) -> Tensor:
+        weight = self.weight.dequantize()
+        return torch.empty_like(weight).index_copy_(1, self.order, weight)
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
+        return self.weight.matmul(x.index_select(1, self.order), bias, add_to)
+
+
+class Column(OnGPU):
+    """Weights one below the other, each in a layout of its own: each writes its columns of the output."""
+
+    def __init__(self, parts: Sequence[OnGPU]) -> None:
+        self.parts = tuple(parts)
+        self.shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+
+    def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
+        start = 0
+        for part in self.parts:
+            columns = slice(start, start + part.shape[0])
+            part.write(x, out[:, columns], None if bias is None else bias[columns], accumulate)
+            start += part.shape[0]
+
+    def operand(self, x: Tensor) -> Tensor | Tiles:
+        return self.dequantize()
+
+    def dequantize(self) -> Tensor:
+        return torch.cat([part.dequantize() for part in self.parts])
+
+
+def pack(weight: LinearWeight, dtype: torch.dtype) -> LinearWeight:
+    """`weight`, on a GPU, in the layout that is multiplied fastest there."""
+    if isinstance(weight, Stack):
+        runs = [list(run) for _, run in groupby(weight.parts, key=_kind)]
+        parts = [part for run in runs for part in _join(run, dtype)]
+        return parts[0] if len(parts) == 1 else Column(parts)
+    if isinstance(weight, Int) and weight.order is not None:
+        unordered = Int(weight.bits, weight.codes, weight.scales, weight.zeros)
+        return Ordered(_join([unordered], dtype)[0], weight.order)
+    return _join([weight], dtype)[0]
+
+
+def _join(parts: Sequence[LinearWeight], dtype: torch.dtype) -> list[OnGPU]:
+    """Parts of one kind as one weight, or each alone where tiles do not fit together."""
+    if len(parts) > 1 and any(part.shape[0] % ROWS for part in parts[:-1]):
+        return [joined for part in parts for joined in _join([part], dtype)]
+    if isinstance(parts[0], Dense) or parts[0].shape[1] % COLUMNS:
+        return [Numbers(torch.cat([part.dequantize().to(dtype) for part in parts]))]
+    return [Tiled(make_tiles(_concatenate([_codes(part) for part in parts])), dtype)]
+
+
+def _kind(weight: LinearWeight) -> object:
+    """Weights of one kind, one below the other, are one weight."""
+    return weight.type.name if isinstance(weight, Blocks) else id(weight)
+
+
+def _codes(weight: LinearWeight) -> Codes:
+    """The parts of a quantised weight, by rows."""
+    if isinstance(weight, Blocks):
+        data = weight.data if weight.row_ids is None else weight.data[weight.row_ids]
+        blocks = CODED[weight.type.name](data.reshape(-1, weight.type.block_bytes))
+        return _rows(blocks, weight.shape[0])
+    if isinstance(weight, Codebook4):
+        return Codes(4, weight.codes, weight.scales, values=tuple(weight.values.tolist()))
+    if not isinstance(weight, Int):
+        raise TypeError(f"{type(weight).__name__} has no codes")
+    scales, zeros = weight.scales.float(), weight.zeros
+    if isinstance(zeros, Tensor):
+        return Codes(weight.bits, weight.codes, scales, zeros.float() * scales)
+    return Codes(weight.bits, weight.codes, scales, zero=zeros)
+
+
+TENSORS = ("codes", "scales", "mins", "supers", "super_mins")
+
+
+def _rows(blocks: Codes, num_rows: int) -> Codes:
+    """Blocks as the rows of a weight."""
+    parts = {name: getattr(blocks, name) for name in TENSORS}
+    parts = {name: None if part is None else part.reshape(num_rows, -1) for name, part in parts.items()}
+    return Codes(bits=blocks.bits, zero=blocks.zero, values=blocks.values, **parts)
+
+
+def _concatenate(weights: Sequence[Codes]) -> Codes:
+    first = weights[0]
+    parts = {
+        name: None if getattr(first, name) is None else torch.cat([getattr(weight, name) for weight in weights])
+        for name in TENSORS
+    }
+    return Codes(bits=first.bits, zero=first.zero, values=first.values, **parts)
