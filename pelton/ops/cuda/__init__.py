@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pelton.ops import Op
-from pelton.ops.cuda import rows
+from pelton.ops.cuda import rows, sampling
 
 
 def register_kernels() -> None:
@@ -20,3 +20,4 @@ def register_kernels() -> None:
         op.register("cuda-triton", run, accepts)
 
     rows.register(add)
+    sampling.register(add)
