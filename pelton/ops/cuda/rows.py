@@ -1,0 +1,402 @@
+"""The ops over rows: normalisation, gated activations, look-ups, positions and the cache's write.
+
+Arithmetic is in float32, whatever the dtype of activations. Rows may be strided; their last dimension is contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pelton import ops
+from pelton.ops.cuda.launch import on_gpu
+
+ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
+TABLES = (*ACTIVATIONS, torch.float8_e4m3fn, torch.float8_e5m2)
+MAX_NORM = 16384  # numbers of a row that are kept in registers to be normalised
+COLUMNS = 1024  # of a row, that one program changes where columns do not depend on each other
+ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a smaller float32 and subtracted again, it rounds to even
+
+
+def is_rows(*tensors: Tensor) -> bool:
+    """Whether all are [T, K] activations on the GPU whose rows are contiguous."""
+    return on_gpu(*tensors) and all(
+        x.dim() == 2 and x.dtype in ACTIVATIONS and (x.stride(1) == 1 or x.shape[1] == 1) for x in tensors
+    )
+
+
+def _is_vector(weight: Tensor | None, size: int) -> bool:
+    return weight is None or (
+        on_gpu(weight) and weight.dtype == torch.float32 and weight.is_contiguous() and weight.shape == (size,)
+    )
+
+
+# --- normalisation ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _norm_kernel(
+    out_ptr, x_ptr, weight_ptr, eps, size, out_stride, x_stride, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < size
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    y = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / size + eps)) * weight
+    out = out_ptr + row * out_stride + column
+    if ADD:  # what is added has been rounded, as if it had been written
+        y = tl.load(out, mask=inside, other=0.0).to(tl.float32) + y.to(x_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _normalise(out: Tensor, x: Tensor, weight: Tensor, eps: float, add: bool) -> None:
+    """out (+)= rms_norm(x): two [T, K]."""
+    num_rows, size = x.shape
+    block = triton.next_power_of_2(size)
+    if num_rows:
+        _norm_kernel[(num_rows,)](
+            out, x, weight, eps, size, out.stride(0), x.stride(0), ADD=add, BLOCK=block,
+            num_warps=min(max(block // 256, 1), 16),
+        )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`ops.rms_norm`."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _normalise(out.view(-1, x.shape[-1]), x.view(-1, x.shape[-1]), weight, eps, add=False)
+    return out
+
+
+def accepts_rms_norm(x: Tensor, weight: Tensor, eps: float) -> bool:
+    """Rows, or anything contiguous, that fit into the registers of a program."""
+    size = x.shape[-1]
+    has_rows = is_rows(x) or (on_gpu(x) and x.dtype in ACTIVATIONS and x.is_contiguous())
+    return has_rows and 0 < size <= MAX_NORM and _is_vector(weight, size)
+
+
+def rms_norm_add_(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    """`ops.rms_norm_add_`."""
+    _normalise(out, x, weight, eps, add=True)
+
+
+def accepts_rms_norm_add(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> bool:
+    """Rows."""
+    return is_rows(out, x) and accepts_rms_norm(x, weight, eps)
+
+
+# --- activations -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tanh(x):
+    """As accurate near zero, by its series, as elsewhere."""
+    s = x * x
+    series = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
+    return tl.where(tl.abs(x) < 0.25, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+
+
+@triton.jit
+def _gated_kernel(out_ptr, x_ptr, size, out_stride, x_stride, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    """Some columns of one row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    x = x_ptr + row * x_stride + column
+    gate = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + size, mask=inside, other=0.0).to(tl.float32)
+    # gelu: x / 2 * (1 + tanh(y)) = x * sigmoid(2 y)
+    turn = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
+    y = gate * tl.sigmoid(turn) * up
+    tl.store(out_ptr + row * out_stride + column, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _gated(x: Tensor, gelu: bool) -> Tensor:
+    num_rows, size = x.shape[0], x.shape[1] // 2
+    out = torch.empty(num_rows, size, dtype=x.dtype, device=x.device)
+    if out.numel():
+        grid = (num_rows, triton.cdiv(size, COLUMNS))
+        _gated_kernel[grid](out, x, size, size, x.stride(0), GELU=gelu, BLOCK=COLUMNS, num_warps=4)
+    return out
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """`ops.silu_and_mul`."""
+    return _gated(x, gelu=False)
+
+
+def gelu_tanh_and_mul(x: Tensor) -> Tensor:
+    """`ops.gelu_tanh_and_mul`."""
+    return _gated(x, gelu=True)
+
+
+@triton.jit
+def _softcap_kernel(x_ptr, cap, size, stride, BLOCK: tl.constexpr):
+    """Some columns of one row a program."""
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = x_ptr + tl.program_id(0).to(tl.int64) * stride + column
+    y = cap * _tanh(tl.load(x, mask=column < size, other=0.0).to(tl.float32) / cap)
+    tl.store(x, y.to(x_ptr.dtype.element_ty), mask=column < size)
+
+
+def softcap_(x: Tensor, cap: float) -> None:
+    """`ops.softcap_`."""
+    num_rows, size = x.shape
+    if x.numel():
+        _softcap_kernel[(num_rows, triton.cdiv(size, COLUMNS))](
+            x, cap, size, x.stride(0), BLOCK=COLUMNS, num_warps=4
+        )
+
+
+# --- look-ups --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gather_kernel(out_ptr, x_ptr, ids_ptr, scale, size, x_stride, SCALED: tl.constexpr, BLOCK: tl.constexpr):
+    """Some columns of one row of the result a program."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    numbers = tl.load(x_ptr + tl.load(ids_ptr + row) * x_stride + column, mask=column < size)
+    if SCALED:
+        numbers = numbers.to(tl.float32) * scale
+    tl.store(out_ptr + row * size + column, numbers.to(out_ptr.dtype.element_ty), mask=column < size)
+
+
+def _gather(x: Tensor, ids: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Rows of x [N, K], times scale: int64 [M] -> [M, K]."""
+    num_rows, size = ids.shape[0], x.shape[1]
+    out = torch.empty(num_rows, size, dtype=dtype, device=x.device)
+    if out.numel():
+        scaled = scale != 1.0 or dtype != x.dtype
+        _gather_kernel[(num_rows, triton.cdiv(size, COLUMNS))](
+            out, x, ids, scale, size, x.stride(0), SCALED=scaled, BLOCK=COLUMNS, num_warps=4
+        )
+    return out
+
+
+def select_rows(x: Tensor, row_ids: Tensor) -> Tensor:
+    """`ops.select_rows`."""
+    return _gather(x, row_ids, x.dtype)
+
+
+def accepts_select_rows(x: Tensor, row_ids: Tensor) -> bool:
+    """Rows."""
+    return is_rows(x) and _is_ids(row_ids)
+
+
+def embed(ids: Tensor, table: Tensor, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows of a table [N, K] of floats, times scale, in the table's dtype or another: int64 [T] -> [T, K]."""
+    return _gather(table, ids, dtype or table.dtype, scale)
+
+
+def accepts_embed(ids: Tensor, table: Tensor, scale: float = 1.0, dtype: torch.dtype | None = None) -> bool:
+    """Rows of a dtype that the GPU converts."""
+    return (
+        on_gpu(table) and _is_ids(ids) and table.dim() == 2 and table.stride(1) == 1 and table.dtype in TABLES
+        and (table.dtype.itemsize > 1 or _converts_float8(table.device))
+    )
+
+
+def _is_ids(ids: Tensor) -> bool:
+    return on_gpu(ids) and ids.dtype == torch.int64 and ids.dim() == 1 and ids.is_contiguous()
+
+
+@cache
+def _converts_float8(device: torch.device) -> bool:
+    """Whether Triton converts float8_e4m3fn on a device: from compute capability 8.9 on."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+# --- positions and the cache -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _angles_kernel(cos_ptr, sin_ptr, positions_ptr, freq_ptr, magnitude, half, BLOCK: tl.constexpr):
+    """One position a program."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < half
+    angle = tl.load(positions_ptr + row).to(tl.float32) * tl.load(freq_ptr + column, mask=inside, other=0.0)
+    tl.store(cos_ptr + row * half + column, tl.cos(angle) * magnitude, mask=inside)
+    tl.store(sin_ptr + row * half + column, tl.sin(angle) * magnitude, mask=inside)
+
+
+def rope_angles(positions: Tensor, inv_freq: Tensor, magnitude: float) -> tuple[Tensor, Tensor]:
+    """`ops.rope_angles`."""
+    num_rows, half = positions.shape[0], inv_freq.shape[0]
+    cos, sin = (torch.empty(num_rows, half, device=positions.device) for _ in range(2))
+    if cos.numel():
+        _angles_kernel[(num_rows,)](
+            cos, sin, positions, inv_freq, magnitude, half, BLOCK=triton.next_power_of_2(half), num_warps=1
+        )
+    return cos, sin
+
+
+def accepts_rope_angles(positions: Tensor, inv_freq: Tensor, magnitude: float) -> bool:
+    """int64 positions and float32 frequencies."""
+    return _is_ids(positions) and _is_vector(inv_freq, inv_freq.shape[0])
+
+
+@triton.jit
+def _load_heads(row_ptr, first, end, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Some heads of a token, as two halves [HEADS, BLOCK] float32, where they lie, and which of that there is."""
+    head = first + tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (head < end) & (column < HALF)
+    place = row_ptr + head * (2 * HALF) + column
+    x1 = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
+    return x1, x2, place, inside
+
+
+@triton.jit
+def _turn_heads(
+    row_ptr, first, end, cos_ptr, sin_ptr, norm_ptr, eps,
+    HALF: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Normalise and rotate some heads in place. Every result is rounded to the activations' dtype."""
+    x1, x2, place, inside = _load_heads(row_ptr, first, end, HALF, HEADS, BLOCK)
+    column = tl.arange(0, BLOCK)
+    if NORM:
+        mean = (tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / (2 * HALF)
+        factor = (1.0 / tl.sqrt_rn(mean + eps))[:, None]
+        w1 = tl.load(norm_ptr + column, mask=column < HALF, other=0.0)[None, :]
+        w2 = tl.load(norm_ptr + HALF + column, mask=column < HALF, other=0.0)[None, :]
+        x1 = (x1 * factor * w1).to(row_ptr.dtype.element_ty).to(tl.float32)
+        x2 = (x2 * factor * w2).to(row_ptr.dtype.element_ty).to(tl.float32)
+    cos = tl.load(cos_ptr + column, mask=column < HALF, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + column, mask=column < HALF, other=0.0)[None, :]
+    y1 = (x1 * cos - x2 * sin).to(row_ptr.dtype.element_ty)
+    y2 = (x2 * cos + x1 * sin).to(row_ptr.dtype.element_ty)
+    tl.store(place, y1, mask=inside)
+    tl.store(place + HALF, y2, mask=inside)
+    return y1.to(tl.float32), y2.to(tl.float32)
+
+
+@triton.jit
+def _to_float8(x):
+    """float32 to the bits of float8_e4m3fn, to even, what is too large to 448; GPUs before 8.9 cannot."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = tl.minimum(tl.abs(x), 448.0)
+    normal = size.to(tl.int32, bitcast=True)  # 8 bits of exponent, 23 of mantissa: 20 are dropped
+    normal = ((normal + 0x7FFFF + ((normal >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    subnormal = ((size * 512.0 + ROUNDS) - ROUNDS).to(tl.int32)
+    number = tl.where(size < 0.015625, subnormal, normal)
+    return (tl.where(x != x, 0x7F, number) | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _store_heads(
+    x1, x2, first, end, slot, cache_ptr, scale_ptr, block_size, stride_b, stride_s, stride_g, stride_d,
+    scale_b, scale_s, scale_g, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Write some heads of keys or values to their slot: as int8 with a scale each, float8 in a cache of uint8."""
+    block, offset = slot // block_size, slot % block_size
+    head = first + tl.arange(0, HEADS)
+    column = tl.arange(0, BLOCK)[None, :]
+    if cache_ptr.dtype.element_ty == tl.int8:
+        largest = tl.maximum(tl.max(tl.abs(x1), axis=1), tl.max(tl.abs(x2), axis=1))
+        scale = tl.div_rn(largest, 127.0)
+        tl.store(scale_ptr + block * scale_b + offset * scale_s + head * scale_g, scale, mask=head < end)
+        divisor = tl.broadcast_to(tl.maximum(scale, 2e-38)[:, None], x1.shape)
+        x1 = (tl.div_rn(x1, divisor) + ROUNDS) - ROUNDS
+        x2 = (tl.div_rn(x2, divisor) + ROUNDS) - ROUNDS
+    if cache_ptr.dtype.element_ty == tl.uint8:
+        x1, x2 = _to_float8(x1), _to_float8(x2)
+    place = cache_ptr + block * stride_b + offset * stride_s + head[:, None] * stride_g + column * stride_d
+    inside = (head[:, None] < end) & (column < HALF)
+    tl.store(place, x1.to(cache_ptr.dtype.element_ty), mask=inside)
+    tl.store(place + HALF * stride_d, x2.to(cache_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rope_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, eps, qkv_stride, cos_stride, sin_stride,
+    key_ptr, key_b, key_s, key_g, key_d, key_scale_ptr, value_ptr, value_b, value_s, value_g, value_d,
+    value_scale_ptr, scale_b, scale_s, scale_g, block_size, num_heads, num_kv_heads,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """A few heads of one token a program: of its queries, then of its keys, then of its values."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + token)
+    row = qkv_ptr + token * qkv_stride
+    cos, sin = cos_ptr + token * cos_stride, sin_ptr + token * sin_stride
+    num_q, num_kv = tl.cdiv(num_heads, HEADS), tl.cdiv(num_kv_heads, HEADS)
+    part = tl.program_id(1)
+    if part < num_q:
+        _turn_heads(row, part * HEADS, num_heads, cos, sin, q_norm_ptr, eps, HALF, Q_NORM, HEADS, BLOCK)
+    elif part < num_q + num_kv:
+        first = (part - num_q) * HEADS
+        keys = row + num_heads * (2 * HALF)
+        k1, k2 = _turn_heads(keys, first, num_kv_heads, cos, sin, k_norm_ptr, eps, HALF, K_NORM, HEADS, BLOCK)
+        _store_heads(
+            k1, k2, first, num_kv_heads, slot, key_ptr, key_scale_ptr, block_size, key_b, key_s, key_g, key_d,
+            scale_b, scale_s, scale_g, HALF, HEADS, BLOCK,
+        )
+    else:
+        first = (part - num_q - num_kv) * HEADS
+        values = row + (num_heads + num_kv_heads) * (2 * HALF)
+        v1, v2, _, _ = _load_heads(values, first, num_kv_heads, HALF, HEADS, BLOCK)
+        _store_heads(
+            v1, v2, first, num_kv_heads, slot, value_ptr, value_scale_ptr, block_size, value_b, value_s, value_g,
+            value_d, scale_b, scale_s, scale_g, HALF, HEADS, BLOCK,
+        )
+
+
+def rope_and_store_(
+    qkv: Tensor, cos: Tensor, sin: Tensor, cache: ops.LayerCache, slots: Tensor, q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None, eps: float = 0.0,
+) -> None:
+    """`ops.rope_and_store_`."""
+    _, block_size, num_kv_heads, head_size = cache.key.shape
+    num_tokens, num_heads = qkv.shape[0], qkv.shape[1] // head_size - 2 * num_kv_heads
+    block = triton.next_power_of_2(head_size // 2)
+    heads = min(max(512 // block, 1), triton.next_power_of_2(max(num_heads, num_kv_heads)))
+    parts = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
+    scale_strides = (0, 0, 0) if cache.key_scale is None else cache.key_scale.stride()
+    key, value = cache.key, cache.value
+    if key.dtype == torch.float8_e4m3fn:
+        key, value = key.view(torch.uint8), value.view(torch.uint8)
+    if num_tokens:
+        _rope_kernel[(num_tokens, parts)](
+            qkv, cos, sin, slots, q_norm, k_norm, eps, qkv.stride(0), cos.stride(0), sin.stride(0),
+            key, *key.stride(), cache.key_scale, value, *value.stride(), cache.value_scale, *scale_strides,
+            block_size, num_heads, num_kv_heads, Q_NORM=q_norm is not None, K_NORM=k_norm is not None,
+            HALF=head_size // 2, HEADS=heads, BLOCK=block, num_warps=4,
+        )
+
+
+def accepts_rope_and_store(
+    qkv: Tensor, cos: Tensor, sin: Tensor, cache: ops.LayerCache, slots: Tensor, q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None, eps: float = 0.0,
+) -> bool:
+    """Rows, and a cache of any strides."""
+    size, dtype = cache.key.shape[3], cache.key.dtype
+    return (
+        is_rows(qkv, cos, sin) and cos.dtype == sin.dtype == torch.float32 and _is_ids(slots)
+        and on_gpu(cache.key, cache.value, cache.key_scale, cache.value_scale)
+        and dtype in (*ACTIVATIONS, torch.float8_e4m3fn, torch.int8)
+        and (dtype == torch.int8) == (cache.key_scale is not None)
+        and (cache.key_scale is None or cache.key_scale.stride() == cache.value_scale.stride())  # type: ignore[union-attr]
+        and _is_vector(q_norm, size) and _is_vector(k_norm, size)
+    )
+
+
+def register(add: Callable[[ops.Op[..., Any], Callable[..., Any], Callable[..., bool]], None]) -> None:
+    """Give each kernel of this module to `add(op, run, accepts)`."""
+    add(ops.rms_norm, rms_norm, accepts_rms_norm)
+    add(ops.rms_norm_add_, rms_norm_add_, accepts_rms_norm_add)
+    add(ops.silu_and_mul, silu_and_mul, is_rows)
+    add(ops.gelu_tanh_and_mul, gelu_tanh_and_mul, is_rows)
+    add(ops.softcap_, softcap_, lambda x, cap: is_rows(x))
+    add(ops.select_rows, select_rows, accepts_select_rows)
+    add(ops.rope_angles, rope_angles, accepts_rope_angles)
+    add(ops.rope_and_store_, rope_and_store_, accepts_rope_and_store)

@@ -1,0 +1,221 @@
+"""The op that chooses tokens, on a GPU, against its body."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from pelton.ops import sampling as reference
+from pelton.ops.cuda import sampling
+from pelton.ops.cuda import sampling_kernels as kernels
+from pelton.ops.sampling import NO_TOKEN_LEFT, NOT_FINITE, Constraint, SampleRow, sample
+
+pytestmark = pytest.mark.filterwarnings(  # numpy's, in the interpreter
+    "ignore:overflow encountered:RuntimeWarning", "ignore:invalid value encountered:RuntimeWarning",
+)
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "plain": {"temperature": 1.0},
+    "cold": {"temperature": 0.3},
+    "hot": {"temperature": 7.0},
+    "extremely-hot": {"temperature": 1e30},
+    "extremely-cold": {"temperature": 1e-5},
+    "top_k": {"temperature": 1.0, "top_k": 20},
+    "top_k-1": {"temperature": 1.0, "top_k": 1},
+    "top_k-large": {"temperature": 5.0, "top_k": 800},
+    "top_k-all": {"temperature": 1.0, "top_k": 100_000},
+    "top_p": {"temperature": 1.0, "top_p": 0.9},
+    "top_p-flat": {"temperature": 20.0, "top_p": 0.95},
+    "top_p-tiny": {"temperature": 1.0, "top_p": 1e-320},
+    "top_p-nearly-1": {"temperature": 1.0, "top_p": 1 - 1e-12},
+    "min_p": {"temperature": 1.0, "min_p": 0.05},
+    "min_p-1": {"temperature": 1.0, "min_p": 1.0},
+    "top_k-top_p": {"temperature": 1.2, "top_k": 50, "top_p": 0.8},
+    "min_p-top_p": {"temperature": 1.2, "min_p": 0.01, "top_p": 0.8},
+    "min_p-top_k": {"temperature": 1.2, "min_p": 0.2, "top_k": 50},
+    "all-three": {"temperature": 1.5, "min_p": 0.02, "top_k": 90, "top_p": 0.95},
+}
+CHANGES: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.7},
+    {"frequency_penalty": 0.7},
+    {"presence_penalty": -1.3},
+    {"repetition_penalty": 0.6, "frequency_penalty": -0.4, "presence_penalty": 0.9},
+    {"bias": {3: 2.5, 0: -100.0, 5: 0.1}},
+    {"allowed_ids": [6, 1, 2, 5, 1]},
+    {"allowed_ids": range(2, 7), "bias": {3: 1.0}, "repetition_penalty": 1.2, "presence_penalty": 0.5},
+]
+
+
+def make_row(seed: int = 0, **fields: Any) -> SampleRow:
+    return SampleRow(token_ids=[1, 4, 6, 4, 4, 2, 6], num_prompt=2, seed=seed, **fields)
+
+
+def random(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check(
+    device: torch.device, logits: torch.Tensor, rows: list[SampleRow],
+    constraints: dict[int, Constraint] | None = None,
+) -> list[int]:
+    """The tokens that the kernel gives; they and the scores equal the body's."""
+    there = logits.to(device)
+    given = {i: Constraint(mask=c.mask, forbidden_ids=c.forbidden_ids, forced_id=c.forced_id,
+                           adjusted=None if c.adjusted is None else c.adjusted.to(device))
+             for i, c in (constraints or {}).items()}
+    assert sampling.accepts(there, rows, given)
+    tokens, scores = sampling.sample_on_gpu(there, rows, given)
+    expected, expected_scores = sample.reference(logits, rows, constraints or {})
+    assert tokens == expected
+    assert scores.keys() == expected_scores.keys()
+    for i, (token_ids, logprobs, ranks) in scores.items():
+        assert (token_ids, ranks) == (expected_scores[i][0], expected_scores[i][2])
+        torch.testing.assert_close(logprobs, expected_scores[i][1], atol=2e-5, rtol=2e-6)
+    assert torch.equal(there.cpu().nan_to_num(), logits.nan_to_num())
+    return tokens
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 100, 4096, 5003])
+def test_choices(device: torch.device, vocab: int) -> None:
+    for seed in range(2):
+        logits = random(1, vocab, seed=seed).expand(len(CHOICES), vocab).contiguous()
+        check(device, logits, [make_row(seed=seed, num_top=1, **fields) for fields in CHOICES.values()])
+
+
+def test_draws_of_many_seeds(device: torch.device) -> None:
+    """Nearly all draws are the body's: only rounding at a border may part them, and never leaves the candidates."""
+    logits = random(1, 600, scale=2.0)
+    num_equal, num_all = 0, 0
+    for fields in CHOICES.values():
+        rows = [make_row(seed=seed, **fields) for seed in range(32)]
+        tokens, _ = sampling.sample_on_gpu(logits.expand(32, -1).contiguous().to(device), rows, {})
+        expected, _ = sample.reference(logits.expand(32, -1), rows, {})
+        num_equal += sum(a == b for a, b in zip(tokens, expected, strict=True))
+        num_all += 32
+        if fields:
+            allowed, weights = reference._candidates(logits[0], float(logits.max()), rows[0])
+            assert {*tokens} <= {*allowed[weights > 0].tolist()}
+    assert num_equal >= 0.99 * num_all
+
+
+def test_ties_go_to_the_lower_id(device: torch.device) -> None:
+    rows = [make_row(seed=seed, num_top=10, **fields) for seed, fields in enumerate(CHOICES.values())]
+    check(device, random(len(rows), 301).round(), rows)
+    check(device, torch.full((len(rows), 301), -2.5), rows)
+    zeros = torch.zeros(len(rows), 50)
+    zeros[:, ::2] = -0.0
+    check(device, zeros, rows)
+
+
+def test_whole_rows_are_searched_where_lists_do_not_hold_enough(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "LISTED", kernels.tl.constexpr(16))
+    rows = [make_row(seed=seed, **fields) for seed, fields in enumerate(CHOICES.values())]
+    check(device, random(len(rows), 5000).round(decimals=1), rows)
+    check(device, random(len(rows), 300, scale=1e-3), rows)
+
+
+@pytest.mark.parametrize("choice", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
+def test_changes(device: torch.device, choice: dict[str, Any]) -> None:
+    for vocab in (7, 1031):
+        check(device, random(len(CHANGES), vocab), [make_row(i, **f, **choice) for i, f in enumerate(CHANGES)])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_not_finite(device: torch.device, bad: float) -> None:
+    for place in (0, 511, 4099):
+        logits = random(4, 4100)
+        logits[2, place] = bad
+        rows = [make_row(num_top=0), make_row(), make_row(temperature=1.0, num_top=3), make_row(temperature=1.0)]
+        for constraints in ({}, {2: Constraint(forced_id=5)}, {2: Constraint(forbidden_ids=[place])}):
+            assert [t == NOT_FINITE for t in check(device, logits, rows, constraints)] == [False, False, True, False]
+        assert check(device, logits, [make_row() for _ in range(4)])[2] == NOT_FINITE
+
+
+def test_large_finite_logits(device: torch.device) -> None:
+    """The largest float is finite, and neither sums nor differences spoil it."""
+    logits = torch.tensor([[3.4e38, -3.4e38, 3.4e38, 1.0]]).repeat(len(CHOICES), 25)
+    assert min(check(device, logits, [make_row(**fields) for fields in CHOICES.values()])) >= 0
+
+
+def test_constraints(device: torch.device) -> None:
+    logits = random(6, 77)
+    best = int(logits[0].argmax())
+    allowed = torch.arange(77) % 3 == 1
+    mask = bytes(sum(int(bit) << j for j, bit in enumerate(allowed[i : i + 8])) for i in range(0, 77, 8))
+    adjusted = logits[3].clone()
+    adjusted[[8, 9]] = torch.tensor([-math.inf, math.inf])
+    constraints = {
+        0: Constraint(forbidden_ids=[best, 2, best]), 1: Constraint(mask=mask + bytes(3)),
+        2: Constraint(forced_id=76), 3: Constraint(adjusted=adjusted),
+        4: Constraint(mask=mask, forbidden_ids=[1, 4]),
+    }
+    for temperature in (0.0, 1.0):
+        rows = [make_row(seed=i, temperature=temperature, presence_penalty=0.5, num_top=2) for i in range(6)]
+        tokens = check(device, logits, rows, constraints)
+        assert tokens[0] != best and tokens[1] % 3 == 1 and tokens[2] == 76 and tokens[3] == 9
+        assert tokens[4] % 3 == 1 and tokens[4] not in (1, 4)
+
+
+def test_no_token_left(device: torch.device) -> None:
+    rows = [make_row(allowed_ids=[5]), make_row(temperature=1.0), make_row(temperature=1.0, top_p=0.5), make_row()]
+    constraints = {
+        0: Constraint(forbidden_ids=[5]), 1: Constraint(mask=bytes(3)), 2: Constraint(forbidden_ids=list(range(20))),
+        3: Constraint(adjusted=torch.full((20,), -math.inf)),
+    }
+    assert check(device, random(4, 20), rows, constraints) == [NO_TOKEN_LEFT] * 4
+
+
+def test_scores(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = random(7, 203)
+    top = logits.argsort(dim=-1, descending=True)
+    rows = [
+        make_row(num_top=0), make_row(num_top=5), make_row(num_top=203), make_row(num_top=1000),
+        make_row(num_top=0, score_ids=[9, 0, 202, 9]), make_row(num_top=3, bias={int(top[5, 9]): 100.0}), make_row(),
+    ]
+    check(device, logits, rows)
+    monkeypatch.setattr(sampling, "SCORED_AT_ONCE", 500)  # two rows
+    check(device, logits, rows)
+    _, scores = sampling.sample_on_gpu(logits.to(device), rows, {})
+    assert [len(scores[i][0]) for i in range(6)] == [1, 5, 203, 203, 5, 4]
+    assert scores[5][2] == [10, 1, 2, 3]
+
+
+def test_history_follows_the_request(device: torch.device) -> None:
+    """Penalties know each new token, and one that has been replaced; the draw's index is the number of tokens."""
+    tokens = [1, 2, 3]
+    fields = {"frequency_penalty": 0.8, "repetition_penalty": 1.1, "temperature": 0.7, "allowed_ids": range(35)}
+    row = SampleRow(token_ids=tokens, num_prompt=3, seed=4, **fields)
+    for step in range(30):
+        tokens.append(check(device, random(1, 40, seed=step), [row])[0])
+        if step % 7 == 0:
+            tokens[-1] = 39
+
+
+def test_rows_do_not_depend_on_their_company(device: torch.device) -> None:
+    logits = random(len(CHOICES), 900).to(device)
+    rows = [make_row(seed=i, **fields) for i, fields in enumerate(CHOICES.values())]
+    together, _ = sampling.sample_on_gpu(logits, rows, {})
+    assert together == [sampling.sample_on_gpu(logits[i : i + 1], [row], {})[0][0] for i, row in enumerate(rows)]
+
+
+def test_rows_of_a_larger_tensor(device: torch.device) -> None:
+    wide = random(5, 130)
+    check(device, wide[:, :100], [make_row(seed=i, temperature=1.0, num_top=2) for i in range(5)])
+    check(device, wide[:, 3:98], [make_row(seed=i, temperature=1.0, top_p=0.5, bias={1: 9.0}) for i in range(5)])
+    there = wide.to(device)
+    assert not sampling.accepts(there.T, [], {}) and not sampling.accepts(there.double(), [], {})
+
+
+def test_pending(device: torch.device) -> None:
+    """Tokens are on the device before they are fetched."""
+    logits = random(3, 50).to(device)
+    pending = sampling.start_sample(logits, [make_row(num_top=1) for _ in range(3)], {})
+    assert pending.token_ids_on_device.dtype == torch.int64
+    assert pending.fetch()[0] == pending.token_ids_on_device.tolist() == logits.argmax(dim=-1).tolist()
+    assert sampling.sample_on_gpu(logits[:0], [], {}) == ([], {})
