@@ -6,6 +6,17 @@ takes. Nothing here waits for the GPU, and grids follow from shapes alone: every
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from pelton.ops import Op
+from pelton.ops.cuda import attention
+
 
 def register_kernels() -> None:
     """Make the ops use the kernels."""
+
+    def add(op: Op[..., Any], run: Callable[..., Any], accepts: Callable[..., bool]) -> None:
+        op.register("cuda-triton", run, accepts)
+
+    attention.register(add)
