@@ -12,9 +12,9 @@ from pelton.engine.core import EngineCore
 from pelton.engine.host import Engine
 from pelton.engine.messages import EngineInfo
 from pelton.engine.scheduler import Scheduler
-from pelton.errors import ConfigError
+from pelton.errors import ConfigError, ModelNotFoundError
 from pelton.layers.rope import context_length
-from pelton.models import find_model
+from pelton.models import Model, find_model
 from pelton.ops import native
 from pelton.runner.device import probe_device, use_cpu
 from pelton.runner.grammar import Grammars
@@ -24,7 +24,7 @@ from pelton.text.tokenizer import load_tokenizer
 from pelton.types import OnProgress
 from pelton.weights import hub
 from pelton.weights.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
-from pelton.weights.files import ModelFiles, open_model, weight_bytes
+from pelton.weights.files import NO_WEIGHTS, ModelFiles, bytes_in_memory, open_model, weight_bytes
 
 
 def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Engine:
@@ -35,6 +35,8 @@ def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Eng
     """
     path = hub.resolve(args.model, hub=args.hub, revision=args.revision, download_dir=args.download_dir)
     files = open_model(path)
+    if files.format == "none" and args.load_format != "dummy":
+        raise ModelNotFoundError(f"{path} holds no weights: {NO_WEIGHTS}; for random ones use --load-format dummy")
     if args.load_format not in ("auto", "dummy", files.format):
         raise ConfigError(f"--load-format {args.load_format}: {args.model} is {files.format}; leave the flag out")
     if args.quantization not in (None, "auto", "none", files.format):
@@ -45,7 +47,8 @@ def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Eng
 
     architecture = find_model(files.config)
     kv_layers = architecture.kv_layers(files.config)
-    facts = ModelFacts(files.config["torch_dtype"], context_length(files.config), kv_layers, weight_bytes(files))
+    sizes = weight_bytes(files) if files.weights else bytes_in_memory(_count_weights(architecture, files))
+    facts = ModelFacts(files.config["torch_dtype"], context_length(files.config), kv_layers, sizes)
     machine = probe_device(args.device)
     env = Environment.read()
     config = resolve(args, facts, machine, env)
@@ -71,6 +74,13 @@ def _open_checkpoint(
     if args.load_format == "dummy":
         return DummyCheckpoint(files.config, dtype, device, args.seed, activations=activations)
     return open_checkpoint(files, dtype, device, on_progress, activations)
+
+
+def _count_weights(architecture: type[Model], files: ModelFiles) -> int:
+    """Of a model of which there is only a config.json: it is built without memory."""
+    checkpoint = DummyCheckpoint(files.config, torch.float32, torch.device("meta"))
+    architecture.load(checkpoint)
+    return checkpoint.num_weights
 
 
 def _info(config: EngineConfig, why_eager: str) -> EngineInfo:

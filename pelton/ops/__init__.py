@@ -138,15 +138,17 @@ def make_cache(
     num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
 ) -> LayerCache:
     """An empty cache. On a CPU, keys lie as [B, G, D, S] and values as [B, G, S, D rounded up to 16]: sixteen keys,
-    or sixteen numbers of a value, fill a register."""
+    or sixteen numbers of a value, fill a register. Elsewhere both lie as [B, G, S, D]: a head of a block is read in
+    one piece."""
     size = num_blocks, num_kv_heads
     if device.type == "cpu":
         key = _untouched_zeros(*size, head_size, block_size, dtype=dtype).permute(0, 3, 1, 2)
         padded = -(-head_size // 16) * 16
         value = _untouched_zeros(*size, block_size, padded, dtype=dtype)[..., :head_size].transpose(1, 2)
     else:
-        key, value = (torch.zeros(num_blocks, block_size, num_kv_heads, head_size, dtype=dtype, device=device)
-                      for _ in range(2))
+        key, value = (
+            torch.zeros(*size, block_size, head_size, dtype=dtype, device=device).transpose(1, 2) for _ in range(2)
+        )
     if dtype != torch.int8:
         return LayerCache(key, value)
     scales = (torch.zeros(*size, block_size, device=device).transpose(1, 2) for _ in range(2))

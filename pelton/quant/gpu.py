@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -176,15 +177,14 @@ TENSORS = ("codes", "scales", "mins", "supers", "super_mins")
 
 def _rows(blocks: Codes, num_rows: int) -> Codes:
     """Blocks as the rows of a weight."""
-    parts = {name: getattr(blocks, name) for name in TENSORS}
-    parts = {name: None if part is None else part.reshape(num_rows, -1) for name, part in parts.items()}
-    return Codes(bits=blocks.bits, zero=blocks.zero, values=blocks.values, **parts)
+    return replace(blocks, **{name: part.reshape(num_rows, -1) for name, part in _tensors(blocks).items()})
 
 
 def _concatenate(weights: Sequence[Codes]) -> Codes:
-    first = weights[0]
-    parts = {
-        name: None if getattr(first, name) is None else torch.cat([getattr(weight, name) for weight in weights])
-        for name in TENSORS
-    }
-    return Codes(bits=first.bits, zero=first.zero, values=first.values, **parts)
+    """Weights one below the other as one."""
+    all_parts = [_tensors(weight) for weight in weights]
+    return replace(weights[0], **{name: torch.cat([parts[name] for parts in all_parts]) for name in all_parts[0]})
+
+
+def _tensors(codes: Codes) -> dict[str, Tensor]:
+    return {name: part for name in TENSORS if (part := getattr(codes, name)) is not None}

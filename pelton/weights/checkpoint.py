@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import zlib
 from collections.abc import Mapping
@@ -101,6 +102,8 @@ class Checkpoint:
         if self.device.type == "cuda":
             self._kept.clear()
             return weight if gpu.why_not() else _pack_on_gpu(weight, self.dtype)
+        if self.device.type == "meta":
+            return weight
         packed = pack(weight, self.activations)
         if packed is not weight:
             for stored in self._kept:
@@ -181,6 +184,8 @@ class DummyCheckpoint(Checkpoint):
         activations: str = "fp32",
     ) -> None:
         super().__init__(config, dtype, device, {}, activations=activations)
+        self.num_weights = 0  # of what was asked for, here or through a view
+        self._counter = self
         self._seed = seed
         self._scale = scale
 
@@ -190,6 +195,9 @@ class DummyCheckpoint(Checkpoint):
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Normal with deviation `scale`; around 1 for norms."""
         name = self._full(name)
+        self._counter.num_weights += math.prod(shape)
+        if self.device.type == "meta":
+            return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         values = torch.randn(shape, generator=generator, device=self.device) * self._scale
         if "norm" in name:

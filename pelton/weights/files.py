@@ -35,13 +35,16 @@ MAX_SIZES = {
 }
 
 
+NO_WEIGHTS = "neither .safetensors nor .gguf files"
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """A model on disk. `config` and `generation_config` are in Hugging Face's terms for both formats."""
 
     root: Path
     weights: tuple[Path, ...]  # *.safetensors or *.gguf, all parts in order
-    format: str  # "safetensors" or "gguf"
+    format: str  # "safetensors", "gguf" or "none": a config.json alone
     config: dict[str, Any]
     generation_config: dict[str, Any]  # {} if there is none
     gguf: GGUFFile | None = None
@@ -54,6 +57,8 @@ class ModelFiles:
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """The weights under Hugging Face's names. Headers are read and checked here, data when it is used."""
+        if self.format == "none":
+            return {}
         if self.gguf is None or self.gguf_architecture is None:
             return text_tensors(open_safetensors(self.weights))
         return hf_tensors(self.gguf.tensors, self.gguf_architecture)
@@ -64,7 +69,8 @@ class ModelFiles:
 
 
 def open_model(path: Path) -> ModelFiles:
-    """Open a .gguf file, or a folder that holds config.json and safetensors, or one GGUF.
+    """Open a .gguf file, or a folder that holds config.json and safetensors, or one GGUF. A folder that holds config.json
+    alone will do for random weights.
 
     Raises ModelNotFoundError if there is nothing, ModelFormatError if it is not a model that can be read.
     """
@@ -82,14 +88,18 @@ def weight_bytes(files: ModelFiles) -> dict[str, int]:
     """The memory that the weights take in each compute dtype, and as they are "stored", in bytes."""
     num_weights = sum(tensor.num_weights for tensor in files.tensors.values())
     stored = sum(tensor.data.size for tensor in files.tensors.values())
-    return {"stored": stored, **{dtype: size * num_weights for dtype, size in DTYPE_BYTES.items()}}
+    return {**bytes_in_memory(num_weights), "stored": stored}
+
+
+def bytes_in_memory(num_weights: int) -> dict[str, int]:
+    """The memory that weights take in each compute dtype; "stored": as they are trained in most often."""
+    sizes = {dtype: size * num_weights for dtype, size in DTYPE_BYTES.items()}
+    return {**sizes, "stored": sizes["bfloat16"]}
 
 
 def _open_folder(folder: Path) -> ModelFiles:
     if shards := find_shards(folder):
-        config = text_config(read_json(child(folder, "config.json")))
-        generation = optional_child(folder, "generation_config.json")
-        return ModelFiles(folder, shards, "safetensors", config, read_json(generation) if generation else {})
+        return _from_json(folder, shards, "safetensors")
     # "mmproj" files hold the vision part of a model, in a format of their own.
     if ggufs := sorted(path.name for path in folder.glob("*.gguf") if not path.name.startswith("mmproj")):
         models = sorted({match["stem"] if (match := SPLIT_NAME.fullmatch(name)) else name for name in ggufs})
@@ -97,7 +107,15 @@ def _open_folder(folder: Path) -> ModelFiles:
             raise ModelFormatError(f"{folder} holds several GGUF models, give one file of {', '.join(models)}")
         return _open_gguf(child(folder, ggufs[0]))
     _refuse_pickles(str(folder), folder.iterdir())
-    raise ModelNotFoundError(f"{folder} holds no model: neither .safetensors nor .gguf files")
+    if optional_child(folder, "config.json"):
+        return _from_json(folder, (), "none")
+    raise ModelNotFoundError(f"{folder} holds no model: {NO_WEIGHTS}")
+
+
+def _from_json(folder: Path, weights: tuple[Path, ...], format: str) -> ModelFiles:
+    config = text_config(read_json(child(folder, "config.json")))
+    generation = optional_child(folder, "generation_config.json")
+    return ModelFiles(folder, weights, format, config, read_json(generation) if generation else {})
 
 
 def _open_gguf(path: Path) -> ModelFiles:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pelton.ops import Op
-from pelton.ops.cuda import rows, sampling
+from pelton.ops.cuda import attention, rows, sampling
 
 
 def register_kernels() -> None:
@@ -21,3 +21,4 @@ def register_kernels() -> None:
 
     rows.register(add)
     sampling.register(add)
+    attention.register(add)

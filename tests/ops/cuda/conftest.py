@@ -26,6 +26,34 @@ def _patch_tensor(tensor: Any, scope: Any) -> None:
 interpreter._patch_lang_tensor = _patch_tensor
 
 
+def mend_interpreter() -> None:
+    """What Triton 3.6's interpreter lacks: products of bfloat16, whose bits it multiplies, and integers from arrays of
+    one number, which numpy refuses from 2.4 on."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    create_dot, patch_tensor = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
+
+    def widen(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        numbers = (x.data.astype("uint32") << 16).view("float32")
+        return interpreter.TensorHandle(numbers, tl.float32)
+
+    def dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        return create_dot(self, widen(a), widen(b), *args)
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor = dot, patch
+
+
+if not torch.cuda.is_available():
+    mend_interpreter()
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where the kernels under test run."""

@@ -1,0 +1,515 @@
+"""Attention over the paged cache, for prefill chunks and decodes in one batch.
+
+A tile is some tokens of a request with the query heads that share a key head: one row for each token and head. It walks
+over spans of keys with a running maximum and sum (Milakov & Gimelshein, arXiv:1805.02867; Dao, arXiv:2307.08691), in
+base 2. There are two kinds:
+
+Chunks: tiles of many tokens, each walking over all that its tokens see.
+
+Decodes, and requests with few new tokens: tiles of one token. What it sees is cut into parts, which begin at multiples
+of their length, are summed alone and joined in order. A part has PART keys, doubled until MAX_PARTS parts suffice. The
+parts of all decodes stand in one row, which is divided evenly among a fixed number of programs. Where all parts of a
+token fall to one program, it joins them; else they go through memory, and a second kernel joins them with the same
+arithmetic. So a token's numbers depend on its own context, never on its company. (Computed in a larger chunk, they may
+differ in the last bits.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pelton import ops
+from pelton.ops.cuda.launch import num_processors, on_gpu
+
+PART = 256  # keys
+MAX_PARTS = 64
+FEW_ROWS = 8  # a request with so many new tokens is computed as that many decodes
+MAX_HEAD_SIZE = 256
+MAX_GROUP = 128  # query heads that share a key head
+
+QUERIES = (torch.float32, torch.bfloat16, torch.float16)
+CACHES = (*QUERIES, torch.float8_e4m3fn, torch.int8)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class Tiling(NamedTuple):
+    """How tiles are computed."""
+
+    rows: int
+    keys: int  # of a span
+    num_warps: int
+    num_stages: int  # 2n + 1, where n spans are under way: to look up their blocks is a stage too
+
+
+def decode_tiling(head_size: int, group: int, dtype: torch.dtype) -> Tiling:
+    """For a dtype of queries. Bound by memory."""
+    rows = max(16, triton.next_power_of_2(group))
+    if dtype == torch.float32:
+        return Tiling(rows, 32, 4, 3)
+    return Tiling(rows, 64 if head_size <= 128 else 32, 4, 5)
+
+
+def chunk_tiling(head_size: int, group: int, dtype: torch.dtype) -> Tiling:
+    """For a dtype of queries. Bound by products."""
+    if dtype == torch.float32:
+        return Tiling(max(32, triton.next_power_of_2(group)), 32 if head_size <= 128 else 16, 8, 3)
+    return Tiling(128, 64, 8, 5 if head_size <= 128 else 3)
+
+
+class Store(NamedTuple):
+    """A tensor of the cache, [B, S, G, D] or [B, S, G], with its strides."""
+
+    numbers: Any
+    block: int
+    slot: int
+    head: int
+
+
+def _store(numbers: Tensor) -> Store:
+    return Store(numbers, *numbers.stride()[:3])
+
+
+class Inputs(NamedTuple):
+    """What all kernels are given; names in capitals are compiled in."""
+
+    out: Any  # [T, H, D]
+    query: Any  # [T, H, D]
+    query_token: int  # strides
+    query_head: int
+    key: Store
+    value: Store
+    key_scale: Store | None
+    value_scale: Store | None
+    block_table: Any  # [R, blocks]
+    table_request: int
+    query_starts: Any  # [R + 1]
+    context_lens: Any  # [R]
+    span_ends: Any  # [T], or None
+    scale: float
+    softcap: float | None
+    WINDOW: Any  # or None
+    NUM_KV_HEADS: Any
+    GROUP: Any
+    HEAD_SIZE: Any
+    WIDTH: Any  # HEAD_SIZE, rounded up to a power of two
+    BLOCK_SIZE: Any
+
+
+class Sums(NamedTuple):
+    """Of each row over some keys: the greatest score, and relative to it the exponentials and the weighted values."""
+
+    maximum: Any  # [rows]
+    total: Any  # [rows]
+    weighted: Any  # [rows, D]
+
+
+# --- a span of keys --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_rows(x, store, block, slot, g, there, MASKED: tl.constexpr):
+    """Keys or values [keys, WIDTH] in the query's dtype; zeros where there are none, and nothing else is read."""
+    column = tl.arange(0, x.WIDTH)[None, :]
+    offsets = block * store.block + (slot * store.slot + g * store.head)
+    pointers = store.numbers + offsets[:, None] + column
+    if MASKED:
+        rows = tl.load(pointers, mask=there[:, None] & (column < x.HEAD_SIZE), other=0.0)
+    elif x.WIDTH != x.HEAD_SIZE:
+        rows = tl.load(pointers, mask=column < x.HEAD_SIZE, other=0.0)
+    else:
+        rows = tl.load(pointers)
+    if store.numbers.dtype.element_ty == tl.int8:
+        rows = rows.to(tl.float32)
+    return rows.to(x.query.dtype.element_ty)
+
+
+@triton.jit
+def _load_scales(store, block, slot, g, there):
+    """Scales of keys or values, [1, keys]."""
+    pointers = store.numbers + block * store.block + (slot * store.slot + g * store.head)
+    return tl.load(pointers, mask=there, other=0.0)[None, :]
+
+
+@triton.jit
+def _add_span(
+    x, sums, query, r, g, begin, first_key, last_key, first, last, KEYS: tl.constexpr, MASKED: tl.constexpr
+):
+    """Add keys begin to begin + KEYS of request r at key head g to the sums of query [rows, WIDTH].
+
+    Keys are read from first_key to last_key; a row sees those from first to last (numbers, or [rows, 1]). Without
+    MASKED all rows see the whole span.
+    """
+    at = begin + tl.arange(0, KEYS)
+    there = (at >= first_key) & (at <= last_key)
+    blocks = x.block_table + r.to(tl.int64) * x.table_request + at // x.BLOCK_SIZE
+    block = (tl.load(blocks, mask=there, other=0) if MASKED else tl.load(blocks)).to(tl.int64)
+    slot = at % x.BLOCK_SIZE
+
+    key = _load_rows(x, x.key, block, slot, g, there, MASKED)
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")  # [rows, KEYS]
+    if x.key_scale is not None:
+        scores *= _load_scales(x.key_scale, block, slot, g, there)
+    if x.softcap is not None:  # tanh(s) = 1 - 2 / (e^2s + 1), right at both infinities too
+        scores = 1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E * x.scale / x.softcap)) + 1.0)
+        factor = x.softcap * LOG2_E
+    else:
+        factor = x.scale * LOG2_E
+    if MASKED:
+        scores = tl.where((at[None, :] >= first) & (at[None, :] <= last), scores, float("-inf"))
+
+    maximum = tl.maximum(sums.maximum, tl.max(scores, 1) * factor)
+    # a row may not have seen a key yet
+    shift = tl.where(maximum == float("-inf"), 0.0, maximum) if MASKED else maximum
+    weights = tl.exp2(scores * factor - shift[:, None])
+    decay = tl.exp2(sums.maximum - shift)
+    total = sums.total * decay + tl.sum(weights, 1)
+    if x.value_scale is not None:
+        weights *= _load_scales(x.value_scale, block, slot, g, there)
+    value = _load_rows(x, x.value, block, slot, g, there, MASKED)
+    weighted = tl.dot(weights.to(value.dtype), value, sums.weighted * decay[:, None], input_precision="ieee")
+    return Sums(maximum, total, weighted)
+
+
+@triton.jit
+def _no_sums(x, ROWS: tl.constexpr):
+    """Of no keys."""
+    zeros = tl.zeros([ROWS], tl.float32)
+    return Sums(zeros - float("inf"), zeros, tl.zeros([ROWS, x.WIDTH], tl.float32))
+
+
+@triton.jit
+def _load_query(x, token, head, there):
+    """Rows [rows, WIDTH] of the query; token: a number or [rows]."""
+    column = tl.arange(0, x.WIDTH)[None, :]
+    offsets = token.to(tl.int64) * x.query_token + head * x.query_head
+    return tl.load(x.query + offsets[:, None] + column, mask=there[:, None] & (column < x.HEAD_SIZE), other=0.0)
+
+
+@triton.jit
+def _store_out(x, sums, token, head, there):
+    """The quotients, to their rows of the output."""
+    column = tl.arange(0, x.WIDTH)[None, :]
+    offsets = (token.to(tl.int64) * (x.NUM_KV_HEADS * x.GROUP) + head) * x.HEAD_SIZE
+    rows = (sums.weighted / sums.total[:, None]).to(x.out.dtype.element_ty)
+    tl.store(x.out + offsets[:, None] + column, rows, mask=there[:, None] & (column < x.HEAD_SIZE))
+
+
+# --- who computes what -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_requests(x, num_requests, REQUESTS: tl.constexpr):
+    """New tokens and context length of each request, [REQUESTS] each."""
+    r = tl.arange(0, REQUESTS)
+    here = r < num_requests
+    begin = tl.load(x.query_starts + r, mask=here, other=0)
+    end = tl.load(x.query_starts + r + 1, mask=here, other=0)
+    return (end - begin).to(tl.int32), tl.load(x.context_lens + r, mask=here, other=0).to(tl.int32)
+
+
+@triton.jit
+def _locate(at, counts):
+    """Things stand in a row, counts [R] of each request: whose thing `at` is, and where that request's begin."""
+    before = tl.cumsum(counts, 0) <= at
+    return tl.sum(before.to(tl.int32), 0), tl.sum(tl.where(before, counts, 0), 0)
+
+
+@triton.jit
+def _first_seen(x, position):
+    """The first key that a token sees."""
+    return position * 0 if x.WINDOW is None else tl.maximum(position - (x.WINDOW - 1), 0)
+
+
+# --- chunks ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_requests"])
+def _chunk_kernel(
+    x, num_requests, FEW_ROWS: tl.constexpr, REQUESTS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
+):
+    """One tile a program, of a request with more than FEW_ROWS tokens."""
+    TOKENS: tl.constexpr = ROWS // x.GROUP
+    lengths, _ = _load_requests(x, num_requests, REQUESTS)
+    tiles = tl.where(lengths > FEW_ROWS, tl.cdiv(lengths, TOKENS), 0)
+    tile = tl.sum(tiles, 0) - 1 - tl.program_id(0) // x.NUM_KV_HEADS  # the last first: they see the most keys
+    if tile < 0:
+        return
+    r, first_tile = _locate(tile, tiles)
+    g = tl.program_id(0) % x.NUM_KV_HEADS
+    end = tl.load(x.query_starts + r + 1).to(tl.int32)
+    begin = tl.load(x.query_starts + r).to(tl.int32) + (tile - first_tile) * TOKENS
+    context_len = tl.load(x.context_lens + r).to(tl.int32)
+    position = context_len - (end - begin)  # of the tile's first token
+    last_position = tl.minimum(position + TOKENS, context_len) - 1
+
+    row = tl.arange(0, ROWS)
+    token, head = begin + row // x.GROUP, g * x.GROUP + row % x.GROUP
+    there = (row < TOKENS * x.GROUP) & (token < end)
+    query = _load_query(x, token, head, there)
+    last = position + row // x.GROUP
+    first = _first_seen(x, last)[:, None]
+    if x.span_ends is not None:
+        span_end = tl.load(x.span_ends + token, mask=there, other=0).to(tl.int32)
+        last = tl.maximum(last, tl.minimum(span_end, context_len - 1))
+    last_key = tl.max(tl.where(there, last, 0), 0)
+    last = last[:, None]
+    first_key = _first_seen(x, position)
+
+    # All rows see all keys of the spans between these.
+    start = first_key // KEYS * KEYS
+    full_end = tl.maximum((position + 1) // KEYS * KEYS, start)
+    full_begin = tl.minimum(tl.cdiv(_first_seen(x, last_position), KEYS) * KEYS, full_end)
+    sums = _no_sums(x, ROWS)
+    if x.WINDOW is not None:
+        for at in range(start, full_begin, KEYS):
+            sums = _add_span(x, sums, query, r, g, at, first_key, last_key, first, last, KEYS, True)
+    for at in range(full_begin, full_end, KEYS):
+        sums = _add_span(x, sums, query, r, g, at, first_key, last_key, first, last, KEYS, False)
+    for at in range(full_end, last_key + 1, KEYS):
+        sums = _add_span(x, sums, query, r, g, at, first_key, last_key, first, last, KEYS, True)
+    _store_out(x, sums, token, head, there)
+
+
+# --- decodes ---------------------------------------------------------------------------------------------------------
+#
+# Work is counted in units of PART keys. In the row of all work, each token and key head of a request has the units that
+# any token of the request sees; usually it is one token. A program computes the parts that begin in its share of it.
+
+
+class Place(NamedTuple):
+    """A token and key head in the row of all work."""
+
+    r: Any
+    token: Any
+    g: Any
+    first: Any  # key that the token sees
+    last: Any
+    keys: Any  # of a part
+    step: Any  # units of a part
+    origin: Any  # part i begins at unit origin + i * step
+    begin: Any  # of the units
+    end: Any
+
+
+@triton.jit
+def _part_keys(num_keys, PART: tl.constexpr, MAX_PARTS: tl.constexpr):
+    """How many keys a part has where a token sees num_keys."""
+    keys = num_keys * 0 + PART
+    for _ in tl.static_range(10):
+        keys = tl.where(num_keys > MAX_PARTS * keys, 2 * keys, keys)
+    return keys
+
+
+@triton.jit
+def _units_seen(x, num_tokens, context_len, PART: tl.constexpr, MAX_PARTS: tl.constexpr):
+    """The first unit that tokens of a request see, on the border of a part, and how many they see."""
+    first = _first_seen(x, context_len - num_tokens)
+    keys = _part_keys(context_len - first, PART, MAX_PARTS)
+    first_unit = first // keys * (keys // PART)
+    return first_unit, tl.cdiv(context_len, PART) - first_unit
+
+
+@triton.jit
+def _count_units(x, num_requests, FEW_ROWS, PART: tl.constexpr, MAX_PARTS: tl.constexpr, REQUESTS: tl.constexpr):
+    """Units of each request with at most FEW_ROWS tokens, [REQUESTS]."""
+    num_tokens, context_len = _load_requests(x, num_requests, REQUESTS)
+    _, units = _units_seen(x, num_tokens, context_len, PART, MAX_PARTS)
+    return tl.where((num_tokens > 0) & (num_tokens <= FEW_ROWS), num_tokens * x.NUM_KV_HEADS * units, 0)
+
+
+@triton.jit
+def _find(x, at, counts, PART: tl.constexpr, MAX_PARTS: tl.constexpr):
+    """Whose unit `at` is."""
+    r, before = _locate(at, counts)
+    begin, end = tl.load(x.query_starts + r).to(tl.int32), tl.load(x.query_starts + r + 1).to(tl.int32)
+    context_len = tl.load(x.context_lens + r).to(tl.int32)
+    first_unit, units = _units_seen(x, end - begin, context_len, PART, MAX_PARTS)
+    i = (at - before) // units
+    token = begin + i // x.NUM_KV_HEADS
+    position = context_len - (end - token)
+    first, last = _first_seen(x, position), position
+    if x.span_ends is not None:
+        span_end = tl.load(x.span_ends + token).to(tl.int32)
+        last = tl.maximum(position, tl.minimum(span_end, context_len - 1))
+    keys = _part_keys(last + 1 - first, PART, MAX_PARTS)
+    units_begin = before + i * units
+    return Place(
+        r, token, i % x.NUM_KV_HEADS, first, last, keys, keys // PART, units_begin - first_unit, units_begin,
+        units_begin + units,
+    )
+
+
+@triton.jit
+def _is_shared(place, share):
+    """Whether a token's parts fall to several programs."""
+    first = place.origin + place.first // place.keys * place.step
+    last = place.origin + place.last // place.keys * place.step
+    return first // share != last // share
+
+
+@triton.jit
+def _join(a, b):
+    """The sums of two parts. Where it is compiled must not matter, so it is said what is fused."""
+    maximum = tl.maximum(a.maximum, b.maximum)
+    c, d = tl.exp2(a.maximum - maximum), tl.exp2(b.maximum - maximum)
+    c_rows, d_rows = tl.broadcast_to(c[:, None], a.weighted.shape), tl.broadcast_to(d[:, None], a.weighted.shape)
+    return Sums(maximum, tl.fma(a.total, c, b.total * d), tl.fma(a.weighted, c_rows, b.weighted * d_rows))
+
+
+@triton.jit
+def _part_offsets(x, place, share, i, head, num_slots):
+    """Where the sums of part i lie, for heads [rows] of the group: a row for each program in whose share the units of a
+    token begin and do not end, which is one token at most."""
+    return ((place.begin // share) * num_slots + i - place.first // place.keys) * x.GROUP + head
+
+
+@triton.jit(do_not_specialize=["num_requests", "few_rows"])
+def _decode_kernel(
+    x, parts, num_slots, num_requests, few_rows, PART: tl.constexpr, MAX_PARTS: tl.constexpr, REQUESTS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):
+    """Each program computes its share of the units."""
+    counts = _count_units(x, num_requests, few_rows, PART, MAX_PARTS, REQUESTS)
+    num_units = tl.sum(counts, 0)
+    share = tl.maximum(tl.cdiv(num_units, tl.num_programs(0)), 1)
+    unit = tl.program_id(0) * share
+    stop = tl.minimum(unit + share, num_units)
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, x.WIDTH)[None, :]
+    there = row < x.GROUP
+    while unit < stop:
+        place = _find(x, unit, counts, PART, MAX_PARTS)
+        until = tl.minimum(place.end, stop)
+        begin = tl.maximum(tl.cdiv(unit - place.origin, place.step) * place.keys, place.first // KEYS * KEYS)
+        end = tl.minimum(tl.cdiv(until - place.origin, place.step) * place.keys, place.last + 1)
+        is_shared = _is_shared(place, share)
+        head = place.g * x.GROUP + row
+        query = _load_query(x, place.token, head, there)
+        part, joined = _no_sums(x, ROWS), _no_sums(x, ROWS)
+        for at in range(begin, end, KEYS):
+            part = _add_span(
+                x, part, query, place.r, place.g, at, place.first, place.last, place.first, place.last, KEYS, True
+            )
+            if ((at + KEYS) % place.keys == 0) | (at + KEYS > place.last):  # the part is complete
+                if is_shared:
+                    offsets = _part_offsets(x, place, share, at // place.keys, row, num_slots)
+                    tl.store(parts.maximum + offsets, part.maximum, mask=there)
+                    tl.store(parts.total + offsets, part.total, mask=there)
+                    pointers = parts.weighted + offsets[:, None] * x.HEAD_SIZE + column
+                    tl.store(pointers, part.weighted, mask=there[:, None] & (column < x.HEAD_SIZE))
+                else:
+                    joined = _join(joined, part)
+                part = _no_sums(x, ROWS)
+        if (begin < end) & (not is_shared):
+            _store_out(x, joined, place.token, head, there)
+        unit = until
+
+
+@triton.jit(do_not_specialize=["num_requests", "few_rows"])
+def _join_kernel(
+    x, parts, num_slots, num_requests, few_rows, PART: tl.constexpr, MAX_PARTS: tl.constexpr, REQUESTS: tl.constexpr
+):
+    """Program (p, head): joins the parts of the token whose units begin in the share of p and end in another."""
+    counts = _count_units(x, num_requests, few_rows, PART, MAX_PARTS, REQUESTS)
+    num_units = tl.sum(counts, 0)
+    share = tl.maximum(tl.cdiv(num_units, tl.num_programs(0)), 1)
+    unit = (tl.program_id(0) + 1) * share - 1  # the last of p
+    if unit >= num_units:
+        return
+    place = _find(x, unit, counts, PART, MAX_PARTS)
+    if (place.begin // share == tl.program_id(0)) & _is_shared(place, share):
+        row = tl.program_id(1) + tl.arange(0, 1)
+        column = tl.arange(0, x.WIDTH)[None, :]
+        sums = _no_sums(x, 1)
+        for i in tl.range(place.first // place.keys, place.last // place.keys + 1, num_stages=4):
+            offsets = _part_offsets(x, place, share, i, row, num_slots)
+            pointers = parts.weighted + offsets[:, None] * x.HEAD_SIZE + column
+            values = tl.load(pointers, mask=column < x.HEAD_SIZE, other=0.0)
+            sums = _join(sums, Sums(tl.load(parts.maximum + offsets), tl.load(parts.total + offsets), values))
+        _store_out(x, sums, place.token, place.g * x.GROUP + row, row < x.GROUP)
+
+
+# --- the op ----------------------------------------------------------------------------------------------------------
+
+
+def paged_attention(
+    query: Tensor, cache: ops.LayerCache, block_table: Tensor, query_starts: Tensor, context_lens: Tensor,
+    scale: float, window: int | None = None, softcap: float | None = None,
+) -> Tensor:
+    """`ops.paged_attention`. A batch of as many tokens as requests has one token of each at most."""
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    num_tokens, num_heads, head_size = query.shape
+    num_requests, (_, block_size, num_kv_heads, _) = context_lens.shape[0], cache.key.shape
+    if num_tokens == 0 or num_requests == 0:
+        return out
+    group = num_heads // num_kv_heads
+    inputs = Inputs(
+        out, query, query.stride(0), query.stride(1),
+        _store(cache.key), _store(cache.value),
+        None if cache.key_scale is None else _store(cache.key_scale),
+        None if cache.value_scale is None else _store(cache.value_scale),
+        block_table, block_table.stride(0), query_starts, context_lens, None, scale, softcap,
+        WINDOW=None if window is None else tl.constexpr(window),
+        NUM_KV_HEADS=tl.constexpr(num_kv_heads), GROUP=tl.constexpr(group), HEAD_SIZE=tl.constexpr(head_size),
+        WIDTH=tl.constexpr(max(16, triton.next_power_of_2(head_size))), BLOCK_SIZE=tl.constexpr(block_size),
+    )
+    requests = max(128, triton.next_power_of_2(num_requests))
+    only_decodes = num_tokens == num_requests
+    if not only_decodes:
+        tiling = chunk_tiling(head_size, group, query.dtype)
+        tiles = num_tokens // (tiling.rows // group) + min(num_requests, num_tokens // (FEW_ROWS + 1))
+        _chunk_kernel[(tiles * num_kv_heads,)](
+            inputs, num_requests, FEW_ROWS, requests, tiling.rows, tiling.keys,
+            num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        )
+
+    tiling = decode_tiling(head_size, group, query.dtype)
+    few_rows = num_tokens if only_decodes else FEW_ROWS
+    max_units = -(-block_table.shape[1] * block_size // PART)
+    num_programs = min(
+        min(num_tokens, num_requests * few_rows) * num_kv_heads * max_units, 2 * num_processors(query.device)
+    )
+    num_slots = min(max_units, MAX_PARTS) + 1  # the borders of a window can cut one part more
+    rows = torch.empty(num_programs, num_slots, group, head_size + 2, dtype=torch.float32, device=query.device)
+    size = num_programs * num_slots * group
+    flat = rows.view(-1)
+    parts = Sums(flat[:size], flat[size : 2 * size], flat[2 * size :])
+    sizes = PART, MAX_PARTS, requests
+    _decode_kernel[(num_programs,)](
+        inputs, parts, num_slots, num_requests, few_rows, *sizes, tiling.rows, min(tiling.keys, PART),
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+    )
+    if max_units > 1:
+        _join_kernel[(num_programs, group)](
+            inputs, parts, num_slots, num_requests, few_rows, *sizes, num_warps=2
+        )
+    return out
+
+
+def accepts_paged_attention(
+    query: Tensor, cache: ops.LayerCache, block_table: Tensor, query_starts: Tensor, context_lens: Tensor,
+    scale: float, window: int | None = None, softcap: float | None = None,
+) -> bool:
+    """Heads of at most MAX_HEAD_SIZE whose numbers are adjacent."""
+    key, value = cache.key, cache.value
+    integers = block_table, query_starts, context_lens
+    return (
+        on_gpu(query, key, value, cache.key_scale, cache.value_scale, *integers)
+        and query.dtype in QUERIES and key.dtype == value.dtype and key.dtype in CACHES
+        and (key.dtype == torch.int8) == (cache.key_scale is not None)
+        and all(t.stride(-1) == 1 for t in (query, key, value))
+        and all(t.dtype == torch.int64 and t.stride(-1) == 1 for t in integers)
+        and query.shape[2] <= MAX_HEAD_SIZE and query.shape[1] <= MAX_GROUP * key.shape[2]
+        and key.shape[1] & (key.shape[1] - 1) == 0 and scale > 0
+    )
+
+
+def register(add: Callable[..., None]) -> None:
+    """Name the kernels of this module's ops."""
+    add(ops.paged_attention, paged_attention, accepts_paged_attention)

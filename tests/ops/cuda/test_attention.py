@@ -1,0 +1,148 @@
+"""Attention against the body of its op. Keys and values that no token sees are NaN."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pelton import ops
+from pelton.ops.cuda import attention
+
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy's
+
+F32, BF16, F16, FP8, INT8 = torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8
+ALLOWED = {F32: 2e-5, BF16: 2e-2, F16: 2e-3}
+NEW, LENS = [20, 1, 0, 3, 1], [90, 70, 5, 45, 1]  # new tokens and context length of each request of a mixed batch
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 keys are a part, until there are 4 of them."""
+    monkeypatch.setattr(attention, "PART", 32)
+    monkeypatch.setattr(attention, "MAX_PARTS", 4)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_cache(num_blocks: int, block_size: int, num_heads: int, head_size: int, dtype: torch.dtype) -> list[Tensor]:
+    """Keys and values, for int8 with their scales, as GPUs keep them."""
+    numbers = [random(num_blocks, num_heads, block_size, head_size, seed=i).transpose(1, 2) for i in (1, 2)]
+    if dtype != INT8:
+        return [x.to(dtype) for x in numbers]
+    scales = [random(num_blocks, num_heads, block_size, seed=i).transpose(1, 2).abs() / 40 for i in (3, 4)]
+    return [(x * 40).clamp(-127, 127).to(dtype) for x in numbers] + scales
+
+
+def arguments(
+    device: torch.device, new: list[int], lens: list[int], heads: tuple[int, int, int] = (4, 2, 16),
+    dtypes: tuple[torch.dtype, torch.dtype] = (F32, F32), window: int | None = None, softcap: float | None = None,
+    block_size: int = 16,
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The op's arguments, twice: with NaN wherever no token looks, and with numbers there.
+
+    heads: H, G, D; dtypes: of queries and of the cache. Tables of requests are scattered; what a window has left behind
+    is the null block.
+    """
+    (num_heads, num_kv_heads, head_size), (dtype, kv_dtype) = heads, dtypes
+    columns = max(lens) // block_size + 2
+    table = 1 + torch.randperm(len(lens) * columns, generator=torch.Generator().manual_seed(5)).view(-1, columns)
+    clean = random_cache(1 + table.numel(), block_size, num_kv_heads, head_size, kv_dtype)
+    unseen = torch.ones(clean[0].shape[:2], dtype=torch.bool)
+    for row, length, count in zip(table, lens, new, strict=True):
+        first = 0 if window is None else max(0, length - count - window + 1)
+        at = torch.arange(first, length)
+        unseen[row[at // block_size], at % block_size] = False
+        row[: first // block_size], row[-(-length // block_size) :] = 0, 0
+    spoilt = [x.clone() for x in clean]
+    for x in spoilt:
+        where = unseen.view(*unseen.shape, *[1] * (x.dim() - 2))
+        x.copy_(torch.where(where, 99 if x.dtype == INT8 else torch.nan, x.float()))
+    qkv = random(sum(new) + 2, num_heads + 2 * num_kv_heads, head_size).to(dtype)
+    query = qkv.to(device)[: sum(new), :num_heads]
+    rest = (
+        table.to(device), torch.tensor([0, *accumulate(new)], device=device), torch.tensor(lens, device=device),
+        0.8 * head_size**-0.5, window, softcap,
+    )
+    caches = [ops.LayerCache(*(x.to(device) for x in numbers)) for numbers in (spoilt, clean)]
+    return (query, caches[0], *rest), (query, caches[1], *rest)
+
+
+def check(args: tuple[Any, ...], clean: tuple[Any, ...]) -> None:
+    """The kernels with some arguments, against the body."""
+    assert attention.accepts_paged_attention(*args)
+    got, expected = attention.paged_attention(*args), ops.paged_attention.reference(*clean)
+    torch.testing.assert_close(got, expected, atol=ALLOWED[got.dtype], rtol=ALLOWED[got.dtype])
+
+
+@pytest.mark.parametrize("dtypes", [
+    (F32, F32), (BF16, BF16), (F16, F16), (BF16, FP8), (F32, FP8), (BF16, INT8), (F32, INT8), (F32, BF16),
+], ids=str)
+def test_dtypes(device: torch.device, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    check(*arguments(device, NEW, LENS, dtypes=dtypes))
+
+
+@pytest.mark.parametrize("heads", [(2, 2, 64), (6, 2, 80), (4, 1, 128), (8, 1, 256), (17, 1, 16), (5, 5, 96)], ids=str)
+def test_heads(device: torch.device, heads: tuple[int, int, int]) -> None:
+    check(*arguments(device, [10, 1], [50, 70], heads))
+
+
+@pytest.mark.parametrize("window", [1, 30, 64, 500])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_windows_and_softcap(device: torch.device, window: int, softcap: float | None) -> None:
+    check(*arguments(device, NEW, LENS, window=window, softcap=softcap, block_size=32))
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_decodes_in_several_parts(device: torch.device, window: int | None) -> None:
+    """From less than one part to more keys than MAX_PARTS of the smallest size, with requests of no rows."""
+    new, lens = [1, 1, 1, 0, 1, 1, 0], [31, 32, 33, 40, 128, 300, 0]
+    check(*arguments(device, new, lens, window=window))
+    (query, *args), (_, *clean) = arguments(device, new, lens, window=window)
+    padded = torch.cat((query, query[:2]))  # as many rows as requests: decodes only, the last two of no request
+    assert padded.shape[0] == len(new)
+    got, expected = attention.paged_attention(padded, *args), ops.paged_attention.reference(query, *clean)
+    torch.testing.assert_close(got[: sum(new)], expected, atol=2e-5, rtol=2e-5)
+
+
+def test_one_decode_over_many_parts(device: torch.device) -> None:
+    check(*arguments(device, [1], [700]))
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_token_does_not_depend_on_its_company(device: torch.device, window: int | None) -> None:
+    """Decodes alone, together, beside a chunk, and as a request with few tokens: the same bits."""
+    new, lens = [1, 20, 1, 3], [110, 60, 180, 70]
+    (query, cache, table, starts, _, *rest), _ = arguments(device, new, lens, window=window)
+    together = attention.paged_attention(query, cache, table, starts, torch.tensor(lens, device=device), *rest)
+
+    def alone(row: int, r: int, length: int) -> Tensor:
+        return attention.paged_attention(
+            query[row : row + 1], cache, table[r : r + 1], starts.new_tensor([0, 1]), starts.new_tensor([length]), *rest
+        )[0]
+
+    for row, r, length in ((0, 0, 110), (21, 2, 180), (22, 3, 68), (24, 3, 70)):
+        assert torch.equal(together[row], alone(row, r, length))
+
+
+def test_rows_of_no_request_are_left_alone(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    (query, *args), _ = arguments(device, NEW, LENS)
+    longer = torch.cat((query, query[:9]))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kinds: empty(*size, **kinds).fill_(7))
+    assert (attention.paged_attention(longer, *args)[query.shape[0] :] == 7).all()
+
+
+def test_accepts(device: torch.device) -> None:
+    (query, cache, table, *rest), _ = arguments(device, NEW, LENS)
+    assert attention.accepts_paged_attention(query, cache, table, *rest)
+    assert not attention.accepts_paged_attention(query.double(), cache, table, *rest)
+    assert not attention.accepts_paged_attention(query.mT.contiguous().mT, cache, table, *rest)
+    assert not attention.accepts_paged_attention(query, cache, table.int(), *rest)
+    other = ops.LayerCache(cache.key.transpose(1, 3).contiguous().transpose(1, 3), cache.value)
+    assert not attention.accepts_paged_attention(query, other, table, *rest)
