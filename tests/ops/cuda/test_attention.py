@@ -149,6 +149,13 @@ def test_rows_of_no_request_are_left_alone(device: torch.device, monkeypatch: py
     assert (attention.paged_attention(longer, *args)[query.shape[0] :] == 7).all()
 
 
+def test_a_head_of_a_block_is_one_piece() -> None:
+    for dtype in (BF16, FP8, INT8):
+        cache = ops.make_cache(5, 16, 3, 24, dtype, torch.device("meta"))
+        assert cache.key.shape == (5, 16, 3, 24) and cache.key.stride() == cache.value.stride() == (1152, 24, 384, 1)
+        assert (cache.key_scale is not None) == (dtype == INT8)
+
+
 def test_accepts(device: torch.device) -> None:
     (query, cache, table, *rest), _ = arguments(device, NEW, LENS)
     assert attention.accepts_paged_attention(query, cache, table, *rest)
