@@ -214,13 +214,15 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    span_ends: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each request's new tokens over its context in the paged cache (arXiv:2309.06180).
 
     query [T, H, D], H a multiple of G; block_table [R, blocks]. Request r owns query rows query_starts[r] to
     query_starts[r + 1] (none, if they are equal), the last tokens of its context of context_lens[r] tokens. With
     `window`, a token sees itself and the window - 1 tokens before; `softcap` c turns scores s into c * tanh(s / c).
-    Returns [T, H, D].
+    Some tokens see each other, those of an image: span_ends [T] is the last position that a token sees at least (of its
+    context); its own, or an earlier one, changes nothing. Returns [T, H, D].
     """
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     block_size = cache.key.shape[1]
@@ -237,7 +239,8 @@ def paged_attention(
             _read(numbers, scales, blocks)[context]
             for numbers, scales in ((cache.key, cache.key_scale), (cache.value, cache.value_scale))
         )  # [C, G, D]
-        out[begin:end] = _attend(query[begin:end], key, value, start - first * block_size, scale, window, softcap)
+        ends = None if span_ends is None else span_ends[begin:end] - first * block_size
+        out[begin:end] = _attend(query[begin:end], key, value, start - first * block_size, scale, window, softcap, ends)
     return out
 
 
@@ -248,16 +251,21 @@ def _read(numbers: Tensor, scales: Tensor | None, blocks: Tensor) -> Tensor:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, start: int, scale: float, window: int | None, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, start: int, scale: float, window: int | None, softcap: float | None,
+    span_ends: Tensor | None,
 ) -> Tensor:
     """Attention of one request: query [T, H, D] at positions start.., key and value [C, G, D] at positions 0..C-1."""
     num_queries, num_keys = query.shape[0], key.shape[0]
     mask, sees_all = None, window is None or num_keys <= window
-    is_causal = num_queries > 1 and start == 0 and sees_all and softcap is None  # torch then skips what is masked
+    # torch then skips what is masked
+    is_causal = num_queries > 1 and start == 0 and sees_all and softcap is None and span_ends is None
     if not is_causal and (num_queries > 1 or not sees_all):
         distance = torch.arange(start, start + num_queries, device=query.device)[:, None]
-        distance = distance - torch.arange(num_keys, device=query.device)  # [T, C]: how far back a key lies
-        mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        at = torch.arange(num_keys, device=query.device)
+        distance = distance - at  # [T, C]: how far back a key lies
+        mask = distance >= 0 if span_ends is None else (distance >= 0) | (at <= span_ends[:, None])
+        if window is not None:
+            mask &= distance < window
     if num_queries == 1:  # heads that share a key become queries of one head: a quarter of the time on a CPU
         query = query.reshape(key.shape[1], -1, query.shape[2]).transpose(0, 1)  # [1, H, D] -> [H / G, G, D]
     query, key, value = (t.transpose(0, 1)[None] for t in (query, key.to(query.dtype), value.to(query.dtype)))

@@ -157,7 +157,7 @@ def _accepts_rope_and_store(
 
 def _paged_attention(
     query: Tensor, cache: ops.LayerCache, block_table: Tensor, query_starts: Tensor, context_lens: Tensor,
-    scale: float, window: int | None = None, softcap: float | None = None,
+    scale: float, window: int | None = None, softcap: float | None = None, span_ends: None = None,
 ) -> Tensor:
     num_tokens, num_heads, head_size = query.shape
     out = empty(num_tokens, num_heads, head_size)
@@ -171,10 +171,10 @@ def _paged_attention(
 
 def _accepts_paged_attention(
     query: Tensor, cache: ops.LayerCache, block_table: Tensor, query_starts: Tensor, context_lens: Tensor,
-    scale: float, window: int | None = None, softcap: float | None = None,
+    scale: float, window: int | None = None, softcap: float | None = None, span_ends: Tensor | None = None,
 ) -> bool:
     return (
-        query.device.type == "cpu" and query.dtype == torch.float32 and query.stride(2) == 1
+        span_ends is None and query.device.type == "cpu" and query.dtype == torch.float32 and query.stride(2) == 1
         and query.stride(1) == query.shape[2] and _is_native_cache(cache) and block_table.stride(1) == 1
         and query_starts.is_contiguous() and context_lens.is_contiguous()
         and all(t.dtype == torch.int64 for t in (block_table, query_starts, context_lens))

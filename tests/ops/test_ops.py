@@ -129,7 +129,10 @@ def test_rope_turns_each_pair_by_its_angle_and_stores() -> None:
 @pytest.mark.parametrize("window", [None, 1, 3, 40])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("native", [True, False])
-def test_paged_attention_against_a_loop(window: int | None, softcap: float | None, native: bool) -> None:
+@pytest.mark.parametrize("images", [False, True])
+def test_paged_attention_against_a_loop(
+    window: int | None, softcap: float | None, native: bool, images: bool
+) -> None:
     """Scattered blocks, three requests (a prefill, a later chunk, a decode), one score at a time."""
     block_size, scale = 16, 0.3
     table = torch.tensor([[7, 2, 0, 0], [1, 5, 3, 8], [4, 6, 9, 0]])
@@ -141,11 +144,15 @@ def test_paged_attention_against_a_loop(window: int | None, softcap: float | Non
         numbers[0] = torch.nan  # the null block must never be read
         numbers[7, 6:] = torch.nan  # nor slots behind the context
     run = ops.paged_attention if native else ops.paged_attention.reference
-    got = run(query, cache, table, torch.tensor(query_starts), torch.tensor(context_lens), scale, window, softcap)
+    span_ends = [3, 3, 3, 3, 0, 5, 53, 53, 53, 0] if images else [0] * 10
+    got = run(
+        query, cache, table, torch.tensor(query_starts), torch.tensor(context_lens), scale, window, softcap,
+        torch.tensor(span_ends) if images else None,
+    )
     for r, context_len in enumerate(context_lens):
         for t in range(query_starts[r], query_starts[r + 1]):
             position = context_len - (query_starts[r + 1] - t)
-            seen = range(0 if window is None else max(0, position - window + 1), position + 1)
+            seen = range(0 if window is None else max(0, position - window + 1), max(position, span_ends[t]) + 1)
             places = [(table[r, p // block_size], p % block_size) for p in seen]
             for head in range(4):
                 scores = [float(query[t, head] @ cache.key[*place, head // 2]) * scale for place in places]

@@ -25,13 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 from pelton import ops
-from pelton.ops.cuda.launch import num_processors, on_gpu
+from pelton.ops.cuda.launch import has_float8, num_processors, on_gpu, shared_memory
 
 PART = 256  # keys
 MAX_PARTS = 64
 FEW_ROWS = 8  # a request with so many new tokens is computed as that many decodes
 MAX_HEAD_SIZE = 256
-MAX_GROUP = 128  # query heads that share a key head
+MAX_GROUP = 64  # query heads that share a key head
+MAX_GROUP_SIZE = 8192  # numbers of their queries
 
 QUERIES = (torch.float32, torch.bfloat16, torch.float16)
 CACHES = (*QUERIES, torch.float8_e4m3fn, torch.int8)
@@ -51,15 +52,19 @@ def decode_tiling(head_size: int, group: int, dtype: torch.dtype) -> Tiling:
     """For a dtype of queries. Bound by memory."""
     rows = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32:
-        return Tiling(rows, 32, 4, 3)
+        return Tiling(rows, 32 if head_size <= 128 else 16, 4 if rows <= 16 else 8, 3)
+    if rows > 16:
+        return Tiling(rows, 32, 8, 3)
     return Tiling(rows, 64 if head_size <= 128 else 32, 4, 5)
 
 
-def chunk_tiling(head_size: int, group: int, dtype: torch.dtype) -> Tiling:
-    """For a dtype of queries. Bound by products."""
+def chunk_tiling(head_size: int, group: int, dtype: torch.dtype, shared_memory: int) -> Tiling:
+    """For a dtype of queries, and bytes of shared memory that a program may have. Bound by products."""
     if dtype == torch.float32:
         return Tiling(max(32, triton.next_power_of_2(group)), 32 if head_size <= 128 else 16, 8, 3)
-    return Tiling(128, 64, 8, 5 if head_size <= 128 else 3)
+    if head_size <= 128:
+        return Tiling(128, 64, 8, 5)
+    return Tiling(128, 64, 8, 3) if shared_memory >= 150 << 10 else Tiling(64, 32, 4, 3)
 
 
 class Store(NamedTuple):
@@ -214,10 +219,10 @@ def _load_requests(x, num_requests, REQUESTS: tl.constexpr):
 
 
 @triton.jit
-def _locate(at, counts):
-    """Things stand in a row, counts [R] of each request: whose thing `at` is, and where that request's begin."""
-    before = tl.cumsum(counts, 0) <= at
-    return tl.sum(before.to(tl.int32), 0), tl.sum(tl.where(before, counts, 0), 0)
+def _locate(at, ends):
+    """Things stand in a row, those of each request up to ends [REQUESTS]: whose `at` is, and where that one's begin."""
+    before = ends <= at
+    return tl.sum(before.to(tl.int32), 0), tl.max(tl.where(before, ends, 0), 0)
 
 
 @triton.jit
@@ -236,11 +241,11 @@ def _chunk_kernel(
     """One tile a program, of a request with more than FEW_ROWS tokens."""
     TOKENS: tl.constexpr = ROWS // x.GROUP
     lengths, _ = _load_requests(x, num_requests, REQUESTS)
-    tiles = tl.where(lengths > FEW_ROWS, tl.cdiv(lengths, TOKENS), 0)
-    tile = tl.sum(tiles, 0) - 1 - tl.program_id(0) // x.NUM_KV_HEADS  # the last first: they see the most keys
+    ends = tl.cumsum(tl.where(lengths > FEW_ROWS, tl.cdiv(lengths, TOKENS), 0), 0)
+    tile = tl.max(ends, 0) - 1 - tl.program_id(0) // x.NUM_KV_HEADS  # the last first: they see the most keys
     if tile < 0:
         return
-    r, first_tile = _locate(tile, tiles)
+    r, first_tile = _locate(tile, ends)
     g = tl.program_id(0) % x.NUM_KV_HEADS
     end = tl.load(x.query_starts + r + 1).to(tl.int32)
     begin = tl.load(x.query_starts + r).to(tl.int32) + (tile - first_tile) * TOKENS
@@ -316,17 +321,19 @@ def _units_seen(x, num_tokens, context_len, PART: tl.constexpr, MAX_PARTS: tl.co
 
 
 @triton.jit
-def _count_units(x, num_requests, FEW_ROWS, PART: tl.constexpr, MAX_PARTS: tl.constexpr, REQUESTS: tl.constexpr):
-    """Units of each request with at most FEW_ROWS tokens, [REQUESTS]."""
+def _line_up(x, num_requests, few_rows, PART: tl.constexpr, MAX_PARTS: tl.constexpr, REQUESTS: tl.constexpr):
+    """Where the units of each request with at most few_rows tokens end, [REQUESTS], and a program's share of all."""
     num_tokens, context_len = _load_requests(x, num_requests, REQUESTS)
     _, units = _units_seen(x, num_tokens, context_len, PART, MAX_PARTS)
-    return tl.where((num_tokens > 0) & (num_tokens <= FEW_ROWS), num_tokens * x.NUM_KV_HEADS * units, 0)
+    has_units = (num_tokens > 0) & (num_tokens <= few_rows)
+    ends = tl.cumsum(tl.where(has_units, num_tokens * x.NUM_KV_HEADS * units, 0), 0)
+    return ends, tl.maximum(tl.cdiv(tl.max(ends, 0), tl.num_programs(0)), 1)
 
 
 @triton.jit
-def _find(x, at, counts, PART: tl.constexpr, MAX_PARTS: tl.constexpr):
+def _find(x, at, ends, PART: tl.constexpr, MAX_PARTS: tl.constexpr):
     """Whose unit `at` is."""
-    r, before = _locate(at, counts)
+    r, before = _locate(at, ends)
     begin, end = tl.load(x.query_starts + r).to(tl.int32), tl.load(x.query_starts + r + 1).to(tl.int32)
     context_len = tl.load(x.context_lens + r).to(tl.int32)
     first_unit, units = _units_seen(x, end - begin, context_len, PART, MAX_PARTS)
@@ -375,16 +382,14 @@ def _decode_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):
     """Each program computes its share of the units."""
-    counts = _count_units(x, num_requests, few_rows, PART, MAX_PARTS, REQUESTS)
-    num_units = tl.sum(counts, 0)
-    share = tl.maximum(tl.cdiv(num_units, tl.num_programs(0)), 1)
+    ends, share = _line_up(x, num_requests, few_rows, PART, MAX_PARTS, REQUESTS)
     unit = tl.program_id(0) * share
-    stop = tl.minimum(unit + share, num_units)
+    stop = tl.minimum(unit + share, tl.max(ends, 0))
     row = tl.arange(0, ROWS)
     column = tl.arange(0, x.WIDTH)[None, :]
     there = row < x.GROUP
     while unit < stop:
-        place = _find(x, unit, counts, PART, MAX_PARTS)
+        place = _find(x, unit, ends, PART, MAX_PARTS)
         until = tl.minimum(place.end, stop)
         begin = tl.maximum(tl.cdiv(unit - place.origin, place.step) * place.keys, place.first // KEYS * KEYS)
         end = tl.minimum(tl.cdiv(until - place.origin, place.step) * place.keys, place.last + 1)
@@ -416,13 +421,11 @@ def _join_kernel(
     x, parts, num_slots, num_requests, few_rows, PART: tl.constexpr, MAX_PARTS: tl.constexpr, REQUESTS: tl.constexpr
 ):
     """Program (p, head): joins the parts of the token whose units begin in the share of p and end in another."""
-    counts = _count_units(x, num_requests, few_rows, PART, MAX_PARTS, REQUESTS)
-    num_units = tl.sum(counts, 0)
-    share = tl.maximum(tl.cdiv(num_units, tl.num_programs(0)), 1)
+    ends, share = _line_up(x, num_requests, few_rows, PART, MAX_PARTS, REQUESTS)
     unit = (tl.program_id(0) + 1) * share - 1  # the last of p
-    if unit >= num_units:
+    if unit >= tl.max(ends, 0):
         return
-    place = _find(x, unit, counts, PART, MAX_PARTS)
+    place = _find(x, unit, ends, PART, MAX_PARTS)
     if (place.begin // share == tl.program_id(0)) & _is_shared(place, share):
         row = tl.program_id(1) + tl.arange(0, 1)
         column = tl.arange(0, x.WIDTH)[None, :]
@@ -440,7 +443,7 @@ def _join_kernel(
 
 def paged_attention(
     query: Tensor, cache: ops.LayerCache, block_table: Tensor, query_starts: Tensor, context_lens: Tensor,
-    scale: float, window: int | None = None, softcap: float | None = None,
+    scale: float, window: int | None = None, softcap: float | None = None, span_ends: Tensor | None = None,
 ) -> Tensor:
     """`ops.paged_attention`. A batch of as many tokens as requests has one token of each at most."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -454,7 +457,8 @@ def paged_attention(
         _store(cache.key), _store(cache.value),
         None if cache.key_scale is None else _store(cache.key_scale),
         None if cache.value_scale is None else _store(cache.value_scale),
-        block_table, block_table.stride(0), query_starts, context_lens, None, scale, softcap,
+        block_table, block_table.stride(0), query_starts, context_lens, span_ends,
+        float(scale), None if softcap is None else float(softcap),
         WINDOW=None if window is None else tl.constexpr(window),
         NUM_KV_HEADS=tl.constexpr(num_kv_heads), GROUP=tl.constexpr(group), HEAD_SIZE=tl.constexpr(head_size),
         WIDTH=tl.constexpr(max(16, triton.next_power_of_2(head_size))), BLOCK_SIZE=tl.constexpr(block_size),
@@ -462,7 +466,7 @@ def paged_attention(
     requests = max(128, triton.next_power_of_2(num_requests))
     only_decodes = num_tokens == num_requests
     if not only_decodes:
-        tiling = chunk_tiling(head_size, group, query.dtype)
+        tiling = chunk_tiling(head_size, group, query.dtype, shared_memory(query.device))
         tiles = num_tokens // (tiling.rows // group) + min(num_requests, num_tokens // (FEW_ROWS + 1))
         _chunk_kernel[(tiles * num_kv_heads,)](
             inputs, num_requests, FEW_ROWS, requests, tiling.rows, tiling.keys,
@@ -494,18 +498,20 @@ def paged_attention(
 
 def accepts_paged_attention(
     query: Tensor, cache: ops.LayerCache, block_table: Tensor, query_starts: Tensor, context_lens: Tensor,
-    scale: float, window: int | None = None, softcap: float | None = None,
+    scale: float, window: int | None = None, softcap: float | None = None, span_ends: Tensor | None = None,
 ) -> bool:
-    """Heads of at most MAX_HEAD_SIZE whose numbers are adjacent."""
+    """Heads that are not too many or too large, whose numbers are adjacent."""
     key, value = cache.key, cache.value
-    integers = block_table, query_starts, context_lens
+    group, head_size = query.shape[1] // key.shape[2], query.shape[2]
+    integers = [t for t in (block_table, query_starts, context_lens, span_ends) if t is not None]
     return (
         on_gpu(query, key, value, cache.key_scale, cache.value_scale, *integers)
         and query.dtype in QUERIES and key.dtype == value.dtype and key.dtype in CACHES
         and (key.dtype == torch.int8) == (cache.key_scale is not None)
+        and (key.dtype != torch.float8_e4m3fn or has_float8(key.device))
         and all(t.stride(-1) == 1 for t in (query, key, value))
         and all(t.dtype == torch.int64 and t.stride(-1) == 1 for t in integers)
-        and query.shape[2] <= MAX_HEAD_SIZE and query.shape[1] <= MAX_GROUP * key.shape[2]
+        and head_size <= MAX_HEAD_SIZE and group <= MAX_GROUP and group * head_size <= MAX_GROUP_SIZE
         and key.shape[1] & (key.shape[1] - 1) == 0 and scale > 0
     )
 

@@ -28,7 +28,7 @@ interpreter._patch_lang_tensor = _patch_tensor
 
 def mend_interpreter() -> None:
     """What Triton 3.6's interpreter lacks: products of bfloat16, whose bits it multiplies, and integers from arrays of
-    one number, which numpy refuses from 2.4 on."""
+    one number, which numpy refuses from 2.4 on. It looks for overflows in half of its time; we do without."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -48,6 +48,7 @@ def mend_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor = dot, patch
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
 if not torch.cuda.is_available():

@@ -114,11 +114,22 @@ def test_one_decode_over_many_parts(device: torch.device) -> None:
     check(*arguments(device, [1], [700]))
 
 
-@pytest.mark.parametrize("window", [None, 70])
-def test_a_token_does_not_depend_on_its_company(device: torch.device, window: int | None) -> None:
+@pytest.mark.parametrize("window", [None, 40])
+def test_tokens_of_an_image_see_each_other(device: torch.device, window: int | None) -> None:
+    """Eight tokens within a chunk, all four of a short one, and a decode that sees only itself and what is before."""
+    args, clean = arguments(device, [20, 4, 1], [90, 70, 50], window=window)
+    span_ends = torch.tensor([*range(70, 75), *[82] * 8, *range(83, 90), *[69] * 4, 0], device=device)
+    check((*args, span_ends), (*clean, span_ends))
+    assert not torch.equal(
+        attention.paged_attention(*args)[5], attention.paged_attention(*args, span_ends)[5]
+    )
+
+
+@pytest.mark.parametrize(("window", "dtype"), [(None, F32), (70, BF16)])
+def test_a_token_does_not_depend_on_its_company(device: torch.device, window: int | None, dtype: torch.dtype) -> None:
     """Decodes alone, together, beside a chunk, and as a request with few tokens: the same bits."""
     new, lens = [1, 20, 1, 3], [110, 60, 180, 70]
-    (query, cache, table, starts, _, *rest), _ = arguments(device, new, lens, window=window)
+    (query, cache, table, starts, _, *rest), _ = arguments(device, new, lens, dtypes=(dtype, dtype), window=window)
     together = attention.paged_attention(query, cache, table, starts, torch.tensor(lens, device=device), *rest)
 
     def alone(row: int, r: int, length: int) -> Tensor:
@@ -136,6 +147,13 @@ def test_rows_of_no_request_are_left_alone(device: torch.device, monkeypatch: py
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **kinds: empty(*size, **kinds).fill_(7))
     assert (attention.paged_attention(longer, *args)[query.shape[0] :] == 7).all()
+
+
+def test_a_head_of_a_block_is_one_piece() -> None:
+    for dtype in (BF16, FP8, INT8):
+        cache = ops.make_cache(5, 16, 3, 24, dtype, torch.device("meta"))
+        assert cache.key.shape == (5, 16, 3, 24) and cache.key.stride() == cache.value.stride() == (1152, 24, 384, 1)
+        assert (cache.key_scale is not None) == (dtype == INT8)
 
 
 def test_accepts(device: torch.device) -> None:
