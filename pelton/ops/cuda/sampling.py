@@ -309,7 +309,7 @@ def _draw(
         list_x, list_ids, sizes, weights, cut_weights, cut_counts, *given, PIECES=pieces, BLOCK=1024, num_warps=4
     )
     kernels.draw_kernel[(num_draws,)](
-        tokens, list_x, list_ids, sizes, weights, *given, PIECES=pieces, BLOCK=2048, num_warps=8
+        tokens, list_x, list_ids, sizes, weights, *given, PIECES=pieces, BLOCK=512, num_warps=8
     )
 
 

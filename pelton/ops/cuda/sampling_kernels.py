@@ -2,8 +2,8 @@
 
 A row is cut into pieces, one a program, so that a single row keeps many processors busy. Weights are whole numbers,
 2^42 for the most likely token: their sums do not depend on the order, so that neither the cut nor the batch changes a
-draw. "The first token up to which more than x stands" is found in the order of likelihood without sorting: a key
-combines logit and id, larger for the more likely token, and the search fixes two bits of it in each pass.
+draw. "The first token up to which more than x stands" is found in the order of likelihood without sorting: each pass of
+the search fixes four bits of its logit, and of equal logits each weighs the same.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import triton.language as tl
 PIECE = tl.constexpr(4096)  # tokens that one program looks at
 ONE = tl.constexpr(float(1 << 42))  # the largest weight
 ID_BITS = tl.constexpr(20)  # a vocabulary is smaller than 2^20
-KEY_BITS = tl.constexpr(52)  # 32 of the logit above those of the id
 LAST_ID = tl.constexpr((1 << 20) - 1)
 
 CUTS = tl.constexpr(16)  # distances from the largest logit at which tokens are counted and weighed
 LISTED = tl.constexpr(4096)  # most tokens that are searched as a list; where more are needed, the whole row is
+DIGITS = tl.constexpr(16)  # that a pass of the search decides between
 
 PROMPT = tl.constexpr(1 << 24)  # in the notes on a token: it occurs in the prompt; below, how often in the output
 ALLOWED = tl.constexpr(1 << 25)
@@ -113,12 +113,10 @@ def adjust_kernel(out_ptr, x_ptr, wholes_ptr, factors_ptr, masks_ptr, vocab, str
 @triton.jit
 def _draw_of(draw, wholes_ptr, factors_ptr):
     """The numbers of a draw: row, slot, top_k; 1 / temperature, log(min_p), top_p, the uniform number."""
-    row, slot, top_k = tl.load(wholes_ptr + draw * 3), tl.load(wholes_ptr + draw * 3 + 1), tl.load(
-        wholes_ptr + draw * 3 + 2
-    )
-    scale = tl.load(factors_ptr + draw * 4).to(tl.float32)
-    min_power = tl.load(factors_ptr + draw * 4 + 1).to(tl.float32)
-    return row, slot, top_k, scale, min_power, tl.load(factors_ptr + draw * 4 + 2), tl.load(factors_ptr + draw * 4 + 3)
+    wholes, factors = wholes_ptr + draw * 3, factors_ptr + draw * 4
+    scale, min_power = tl.load(factors).to(tl.float32), tl.load(factors + 1).to(tl.float32)
+    top_p, chance = tl.load(factors + 2), tl.load(factors + 3)
+    return tl.load(wholes), tl.load(wholes + 1), tl.load(wholes + 2), scale, min_power, top_p, chance
 
 
 @triton.jit
@@ -166,7 +164,7 @@ def weigh_kernel(
     """Each piece's weight [G, pieces], and where top_k or top_p applies the weight and number of its tokens above
     each cut: two [G, pieces, CUTS]."""
     draw, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row, slot, top_k, scale, min_power, top_p, _ = _draw_of(draw, wholes_ptr, factors_ptr)
+    row, slot, top_k, scale, min_power, top_p, chance = _draw_of(draw, wholes_ptr, factors_ptr)
     place, best = _row_of(
         row, slot, raw_ptr, raw_values_ptr, raw_ids_ptr, x_ptr, values_ptr, ids_ptr, vocab, stride, num_pieces, PIECES
     )
@@ -179,7 +177,7 @@ def weigh_kernel(
         cuts = _cuts(best)[None, :]
         total = tl.zeros([BLOCK], tl.int64)
         weights, counts = tl.zeros([BLOCK, CUTS], tl.int64), tl.zeros([BLOCK, CUTS], tl.int32)
-        for start in range(0, PIECE, BLOCK):
+        for start in range(0, tl.minimum(PIECE, vocab - piece * PIECE), BLOCK):
             token = piece * PIECE + start + tl.arange(0, BLOCK)
             x = tl.load(place + token, mask=token < vocab, other=-float("inf"))
             weight = _weigh(x, best, scale, min_power)
@@ -193,11 +191,10 @@ def weigh_kernel(
 
 
 @triton.jit
-def _total(weights_ptr, draw, num_pieces, PIECES: tl.constexpr):
-    """The weights of a row's pieces, and their sum."""
+def _weights_of(weights_ptr, draw, num_pieces, PIECES: tl.constexpr):
+    """What a row's pieces weigh."""
     piece = tl.arange(0, PIECES)
-    weights = tl.load(weights_ptr + draw * num_pieces + piece, mask=piece < num_pieces, other=0)
-    return weights, tl.sum(weights, axis=0)
+    return tl.load(weights_ptr + draw * num_pieces + piece, mask=piece < num_pieces, other=0)
 
 
 @triton.jit
@@ -209,7 +206,7 @@ def list_kernel(
     """Lists [G, LISTED] of the tokens above the first cut that leaves enough for top_k or top_p, in the order of ids,
     and their sizes [G]: V where there is no such list."""
     draw, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row, slot, top_k, _, _, top_p, _ = _draw_of(draw, wholes_ptr, factors_ptr)
+    row, slot, top_k, scale, min_power, top_p, chance = _draw_of(draw, wholes_ptr, factors_ptr)
     if (top_k > 0) | (top_p < 1.0):
         place, best = _row_of(
             row, slot, raw_ptr, raw_values_ptr, raw_ids_ptr, x_ptr, values_ptr, ids_ptr, vocab, stride, num_pieces,
@@ -220,13 +217,13 @@ def list_kernel(
         counts = tl.load(cut_counts_ptr + at, mask=every < num_pieces, other=0)
         count = tl.sum(counts, axis=0)
         weight = tl.sum(tl.load(cut_weights_ptr + at, mask=every < num_pieces, other=0), axis=0)
-        _, total = _total(weights_ptr, draw, num_pieces, PIECES)
+        total = tl.sum(_weights_of(weights_ptr, draw, num_pieces, PIECES), axis=0)
         is_enough = tl.where(top_k > 0, count >= top_k, weight >= _share(total, top_p))
         chosen = tl.min(tl.where(is_enough & (count <= LISTED), cut, CUTS), axis=0)
         if chosen < CUTS:
             low = tl.max(tl.where(cut == chosen, _cuts(best), -float("inf")), axis=0)
             before = tl.sum(tl.where((every < piece) & (cut[None, :] == chosen), counts, 0))
-            for start in range(0, PIECE, BLOCK):
+            for start in range(0, tl.minimum(PIECE, vocab - piece * PIECE), BLOCK):
                 token = piece * PIECE + start + tl.arange(0, BLOCK)
                 x = tl.load(place + token, mask=token < vocab, other=-float("inf"))
                 is_listed = (x >= low) & (token < vocab)
@@ -240,66 +237,94 @@ def list_kernel(
 
 
 @triton.jit
-def key_of(x, token):
-    """A number that is larger for the more likely token: by its logit, then by the lower id."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # both zeros are one
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 0x80000000
-    return (order << ID_BITS) | (token ^ LAST_ID).to(tl.int64)
-
-
-@triton.jit
-def _load_keys(x_ptr, ids_ptr, is_list, start, size, best, scale, min_power, BLOCK: tl.constexpr):
-    """Keys and weights of some tokens of a list, or of a whole row."""
-    i = start + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + i, mask=i < size, other=-float("inf"))
-    token = tl.where(is_list, tl.load(ids_ptr + i, mask=(i < size) & is_list, other=0), i)
-    return tl.where(i < size, key_of(x, token), 0), _weigh(x, best, scale, min_power)
-
-
-@triton.jit
-def _find(
-    x_ptr, ids_ptr, is_list, size, best, scale, min_power, target, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The key of the first token up to which more than `target` stands, in weight or number, and how much that is."""
-    key, reached = target * 0, target * 0
-    for i in range(KEY_BITS // 2):
-        step = (target * 0 + 1) << (KEY_BITS - 2 - 2 * i)
-        sum1, sum2, sum3 = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
-        for start in range(0, size, BLOCK):
-            keys, amount = _load_keys(x_ptr, ids_ptr, is_list, start, size, best, scale, min_power, BLOCK)
-            if not WEIGHTED:
-                amount = tl.full([BLOCK], 1, tl.int64)
-            sum1 += tl.where(keys >= key + step, amount, 0)
-            sum2 += tl.where(keys >= key + 2 * step, amount, 0)
-            sum3 += tl.where(keys >= key + 3 * step, amount, 0)
-        above1, above2, above3 = tl.sum(sum1, axis=0), tl.sum(sum2, axis=0), tl.sum(sum3, axis=0)
-        digit = (above1 > target).to(tl.int64) + (above2 > target).to(tl.int64) + (above3 > target).to(tl.int64)
-        reached = tl.where(digit == 3, above3, tl.where(digit == 2, above2, tl.where(digit == 1, above1, reached)))
-        key += digit * step
-    return key, reached
-
-
-@triton.jit
-def _weight_from(x_ptr, ids_ptr, is_list, size, best, scale, min_power, key, BLOCK: tl.constexpr):
-    """What all tokens from a key on weigh."""
-    total = tl.zeros([BLOCK], tl.int64)
-    for start in range(0, size, BLOCK):
-        keys, weights = _load_keys(x_ptr, ids_ptr, is_list, start, size, best, scale, min_power, BLOCK)
-        total += tl.where(keys >= key, weights, 0)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
 def _place(total, chance):
     """The whole number below the total at which a draw falls."""
     return tl.minimum((total.to(tl.float64) * chance).to(tl.int64), total - 1)
 
 
 @triton.jit
+def _order(x):
+    """uint32 in the order of logits; both zeros are one."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) | -0x80000000)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _logit(order):
+    """The inverse of _order."""
+    bits = order.to(tl.int32, bitcast=True)
+    return (bits ^ (((bits ^ -1) >> 31) | -0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _find(x_ptr, size, best, scale, min_power, target, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+    """The first token, in the order of likelihood, up to which more than `target` stands, in weight or in number: the
+    order of its logit, what stands at larger ones, what one such token has, and which of them it is, from 1."""
+    order, above = (target * 0).to(tl.uint32), target * 0
+    digit = tl.arange(0, DIGITS)
+    for i in range(8):
+        bounds = order | (digit.to(tl.uint32) << (28 - 4 * i))
+        sums = tl.zeros([BLOCK, DIGITS], tl.int64)
+        for start in range(0, size, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + token, mask=token < size, other=-float("inf"))
+            amount = _weigh(x, best, scale, min_power) if WEIGHTED else (token < size).to(tl.int64)
+            sums += tl.where(_order(x)[:, None] >= bounds[None, :], amount[:, None], 0)
+        reached = tl.sum(sums, axis=0)  # what stands from each bound on
+        last = tl.sum((reached > target).to(tl.int32), axis=0) - 1
+        above = tl.where(last == DIGITS - 1, above, tl.sum(tl.where(digit == last + 1, reached, 0), axis=0))
+        order = tl.max(tl.where(digit <= last, bounds, 0), axis=0)
+    each = tl.maximum(_weigh(_logit(order), best, scale, min_power), 1) if WEIGHTED else target * 0 + 1
+    return order, above, each, (target - above) // each + 1
+
+
+@triton.jit
+def _weight_above(x_ptr, size, best, scale, min_power, order, BLOCK: tl.constexpr):
+    """What the tokens with larger logits weigh."""
+    total = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, size, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + token, mask=token < size, other=-float("inf"))
+        total += tl.where(_order(x) > order, _weigh(x, best, scale, min_power), 0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _place_of(x_ptr, size, order, which, BLOCK: tl.constexpr):
+    """Where the `which`-th of the tokens with one logit stands."""
+    place, before = size * 0, size * 0
+    for start in range(0, size, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + token, mask=token < size, other=-float("inf"))
+        is_one = (_order(x) == order) & (token < size)
+        number = before + tl.cumsum(is_one.to(tl.int32), axis=0)
+        place += tl.sum(tl.where(is_one & (number == which), token, 0), axis=0)
+        before += tl.sum(is_one.to(tl.int32), axis=0)
+    return place
+
+
+@triton.jit
+def _draw_by_likelihood(x_ptr, size, total, top_k, best, scale, min_power, top_p, chance, BLOCK: tl.constexpr):
+    """Where the first token stands, in the order of likelihood, up to which more than chance * total stands. The
+    total is that of the whole row, then what top_k and top_p leave of it."""
+    if top_k > 0:
+        least, before, each, count = _find(x_ptr, size, best, scale, min_power, top_k - 1, False, BLOCK)
+        total = _weight_above(x_ptr, size, best, scale, min_power, least, BLOCK)
+        total += count * _weigh(_logit(least), best, scale, min_power)
+    if top_p < 1.0:
+        share = _share(total, top_p) - 1
+        least, before, each, count = _find(x_ptr, size, best, scale, min_power, share, True, BLOCK)
+        total = before + count * each
+    mass = _place(total, chance)
+    drawn, before, each, which = _find(x_ptr, size, best, scale, min_power, mass, True, BLOCK)
+    return _place_of(x_ptr, size, drawn, which, BLOCK)
+
+
+@triton.jit
 def _draw_by_id(place, weights_ptr, draw, best, scale, min_power, chance, vocab, num_pieces, PIECES: tl.constexpr):
     """The first token, in the order of ids, up to which more than chance * total stands."""
-    weights, total = _total(weights_ptr, draw, num_pieces, PIECES)
-    mass = _place(total, chance)
+    weights = _weights_of(weights_ptr, draw, num_pieces, PIECES)
+    mass = _place(tl.sum(weights, axis=0), chance)
     is_before = tl.cumsum(weights, axis=0) <= mass
     piece = tl.sum(is_before.to(tl.int32), axis=0)
     rest = mass - tl.sum(tl.where(is_before, weights, 0), axis=0)
@@ -328,20 +353,14 @@ def draw_kernel(
             ).to(tl.int64)
         else:
             size = tl.load(sizes_ptr + draw)
-            is_list = size < vocab
-            ids = list_ids_ptr + draw * LISTED
-            if is_list:
+            if size < vocab:
                 place = list_x_ptr + draw * LISTED
-            _, total = _total(weights_ptr, draw, num_pieces, PIECES)
-            if top_k > 0:
-                key, _ = _find(place, ids, is_list, size, best, scale, min_power, top_k - 1, False, BLOCK)
-                total = _weight_from(place, ids, is_list, size, best, scale, min_power, key, BLOCK)
-            if top_p < 1.0:
-                share = _share(total, top_p) - 1
-                _, total = _find(place, ids, is_list, size, best, scale, min_power, share, True, BLOCK)
-            mass = _place(total, chance)
-            key, _ = _find(place, ids, is_list, size, best, scale, min_power, mass, True, BLOCK)
-            token = (key & LAST_ID) ^ LAST_ID
+            total = tl.sum(_weights_of(weights_ptr, draw, num_pieces, PIECES), axis=0)
+            token = _draw_by_likelihood(
+                place, size, total, top_k, best, scale, min_power, top_p, chance, BLOCK
+            ).to(tl.int64)
+            if size < vocab:
+                token = tl.load(list_ids_ptr + draw * LISTED + token).to(tl.int64)
         tl.store(tokens_ptr + row, token)
 
 
@@ -350,10 +369,11 @@ def draw_kernel(
 
 @triton.jit
 def key_kernel(keys_ptr, x_ptr, rows_ptr, vocab, stride):
-    """The keys of some rows: int64 [S, V]."""
+    """A number for each token of some rows that is larger for the more likely one: int64 [S, V]."""
     i, token = tl.program_id(0).to(tl.int64), tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     x = tl.load(x_ptr + tl.load(rows_ptr + i) * stride + token, mask=token < vocab, other=0.0)
-    tl.store(keys_ptr + i * vocab + token, key_of(x, token), mask=token < vocab)
+    key = (_order(x).to(tl.int64) << ID_BITS) | (token ^ LAST_ID).to(tl.int64)
+    tl.store(keys_ptr + i * vocab + token, key, mask=token < vocab)
 
 
 @triton.jit

@@ -110,8 +110,10 @@ def make_cache(dtype: torch.dtype, order: tuple[int, ...], head_size: int, devic
 
 
 @pytest.mark.parametrize("layout", STRIDES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cache_dtype", [*DTYPES, torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [
+    *((dtype, dtype) for dtype in DTYPES), (torch.float32, torch.bfloat16), (torch.float32, torch.float8_e4m3fn),
+    (torch.bfloat16, torch.float8_e4m3fn), (torch.float32, torch.int8), (torch.bfloat16, torch.int8),
+])
 def test_rope_and_store(
     device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype, layout: str
 ) -> None:
