@@ -4,10 +4,29 @@ from __future__ import annotations
 
 from functools import cache
 
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.language.extra import cuda
 from triton.runtime import driver
+
+
+# From compute capability 9.0 on a kernel may be brought up while the one before it still runs.
+OVERLAPS = tl.constexpr(not knobs.runtime.interpret and torch.cuda.get_device_capability() >= (9, 0))
+OVERLAP: dict[str, Any] = {"launch_pdl": True} if OVERLAPS.value else {}
+"""Launch options of a kernel that calls `wait_for_inputs`."""
+
+
+@triton.jit
+def wait_for_inputs():
+    """The first thing in a kernel: lets the next one be brought up, and waits until the one before is complete."""
+    if OVERLAPS:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
 
 
 def on_gpu(*tensors: Tensor | None) -> bool:

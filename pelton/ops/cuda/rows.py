@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pelton import ops
-from pelton.ops.cuda.launch import on_gpu
+from pelton.ops.cuda.launch import OVERLAP, on_gpu, wait_for_inputs
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 TABLES = (*ACTIVATIONS, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -45,6 +45,7 @@ def _norm_kernel(
     out_ptr, x_ptr, weight_ptr, eps, size, out_stride, x_stride, ADD: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One row a program."""
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
@@ -64,7 +65,7 @@ def _normalise(out: Tensor, x: Tensor, weight: Tensor, eps: float, add: bool) ->
     if num_rows:
         _norm_kernel[(num_rows,)](
             out, x, weight, eps, size, out.stride(0), x.stride(0), ADD=add, BLOCK=block,
-            num_warps=min(max(block // 256, 1), 16),
+            num_warps=min(max(block // 256, 1), 16), **OVERLAP,
         )
 
 
@@ -106,6 +107,7 @@ def _tanh(x):
 @triton.jit
 def _gated_kernel(out_ptr, x_ptr, size, out_stride, x_stride, GELU: tl.constexpr, BLOCK: tl.constexpr):
     """Some columns of one row a program."""
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
@@ -123,7 +125,7 @@ def _gated(x: Tensor, gelu: bool) -> Tensor:
     out = torch.empty(num_rows, size, dtype=x.dtype, device=x.device)
     if out.numel():
         grid = (num_rows, triton.cdiv(size, COLUMNS))
-        _gated_kernel[grid](out, x, size, size, x.stride(0), GELU=gelu, BLOCK=COLUMNS, num_warps=4)
+        _gated_kernel[grid](out, x, size, size, x.stride(0), GELU=gelu, BLOCK=COLUMNS, num_warps=4, **OVERLAP)
     return out
 
 
@@ -140,6 +142,7 @@ def gelu_tanh_and_mul(x: Tensor) -> Tensor:
 @triton.jit
 def _softcap_kernel(x_ptr, cap, size, stride, BLOCK: tl.constexpr):
     """Some columns of one row a program."""
+    wait_for_inputs()
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = x_ptr + tl.program_id(0).to(tl.int64) * stride + column
     y = cap * _tanh(tl.load(x, mask=column < size, other=0.0).to(tl.float32) / cap)
@@ -151,7 +154,7 @@ def softcap_(x: Tensor, cap: float) -> None:
     num_rows, size = x.shape
     if x.numel():
         _softcap_kernel[(num_rows, triton.cdiv(size, COLUMNS))](
-            x, cap, size, x.stride(0), BLOCK=COLUMNS, num_warps=4
+            x, cap, size, x.stride(0), BLOCK=COLUMNS, num_warps=4, **OVERLAP
         )
 
 
@@ -161,6 +164,7 @@ def softcap_(x: Tensor, cap: float) -> None:
 @triton.jit
 def _gather_kernel(out_ptr, x_ptr, ids_ptr, scale, size, x_stride, SCALED: tl.constexpr, BLOCK: tl.constexpr):
     """Some columns of one row of the result a program."""
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     numbers = tl.load(x_ptr + tl.load(ids_ptr + row) * x_stride + column, mask=column < size)
@@ -176,7 +180,7 @@ def _gather(x: Tensor, ids: Tensor, dtype: torch.dtype, scale: float = 1.0) -> T
     if out.numel():
         scaled = scale != 1.0 or dtype != x.dtype
         _gather_kernel[(num_rows, triton.cdiv(size, COLUMNS))](
-            out, x, ids, scale, size, x.stride(0), SCALED=scaled, BLOCK=COLUMNS, num_warps=4
+            out, x, ids, scale, size, x.stride(0), SCALED=scaled, BLOCK=COLUMNS, num_warps=4, **OVERLAP
         )
     return out
 
@@ -220,6 +224,7 @@ def _converts_float8(device: torch.device) -> bool:
 @triton.jit
 def _angles_kernel(cos_ptr, sin_ptr, positions_ptr, freq_ptr, magnitude, half, BLOCK: tl.constexpr):
     """One position a program."""
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < half
@@ -234,7 +239,7 @@ def rope_angles(positions: Tensor, inv_freq: Tensor, magnitude: float) -> tuple[
     cos, sin = (torch.empty(num_rows, half, device=positions.device) for _ in range(2))
     if cos.numel():
         _angles_kernel[(num_rows,)](
-            cos, sin, positions, inv_freq, magnitude, half, BLOCK=triton.next_power_of_2(half), num_warps=1
+            cos, sin, positions, inv_freq, magnitude, half, BLOCK=triton.next_power_of_2(half), num_warps=1, **OVERLAP
         )
     return cos, sin
 
@@ -325,6 +330,7 @@ def _rope_kernel(
     HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """A few heads of one token a program: of its queries, then of its keys, then of its values."""
+    wait_for_inputs()
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     row = qkv_ptr + token * qkv_stride
@@ -370,7 +376,7 @@ def rope_and_store_(
             qkv, cos, sin, slots, q_norm, k_norm, eps, qkv.stride(0), cos.stride(0), sin.stride(0),
             key, *key.stride(), cache.key_scale, value, *value.stride(), cache.value_scale, *scale_strides,
             block_size, num_heads, num_kv_heads, Q_NORM=q_norm is not None, K_NORM=k_norm is not None,
-            HALF=head_size // 2, HEADS=heads, BLOCK=block, num_warps=4,
+            HALF=head_size // 2, HEADS=heads, BLOCK=block, num_warps=4, **OVERLAP,
         )
 
 
