@@ -28,6 +28,8 @@ PIECE, LISTED, CUTS = kernels.PIECE.value, kernels.LISTED.value, kernels.CUTS.va
 PROMPT, ALLOWED = kernels.PROMPT.value, kernels.ALLOWED.value
 GOLDEN = 0x9E3779B97F4A7C15  # the step of `sampling.mix`
 
+NO_CONSTRAINT = Constraint()
+
 Arrays = dict[str, NDArray[Any]]
 Best = tuple[Tensor, Tensor]
 """The largest logit of each piece of each row, and its id: two [M, pieces]."""
@@ -48,26 +50,25 @@ class Record:
     numbers: tuple[float, float, float]  # 1 / temperature, log(min_p), top_p
     factors: tuple[float, float, float]  # repetition, frequency and presence penalty
     notes: Tensor | None  # int32 [V], if penalties or allowed ids need it: the kernels' notes on each token
+    address: int  # of the notes, or 0
     num_noted: int = -1  # tokens, of which that is the last
     last_noted: int = -1
 
-    def note(self, row: SampleRow) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Addresses of the notes on new tokens, and what is to be noted."""
+    def note(self, row: SampleRow, addresses: list[int], values: list[int]) -> None:
+        """Add the addresses of the notes on new tokens, and what is to be noted."""
         assert self.notes is not None
         num, ids = self.num_noted, row.token_ids
-        has_changed = num > len(ids) or (num > 0 and ids[num - 1] != self.last_noted)
-        if has_changed:
+        if num > len(ids) or (num > 0 and ids[num - 1] != self.last_noted):  # one has been replaced
             self.notes.zero_()
-        is_new = has_changed or num < 0
-        begin = 0 if is_new else num
+            num = -1
+        new = ids[max(num, 0) :]
+        num_prompt = max(0, row.num_prompt - max(num, 0))
+        values += [PROMPT] * num_prompt + [1] * (len(new) - num_prompt)
+        if num < 0:
+            new = [*new, *row.allowed_ids]
+            values += [ALLOWED] * len(row.allowed_ids)
+        addresses += [self.address + 4 * token_id for token_id in new]
         self.num_noted, self.last_noted = len(ids), ids[-1] if ids else -1
-        num_prompt = max(0, row.num_prompt - begin)
-        allowed = list(row.allowed_ids) if is_new else []
-        noted = np.array([*ids[begin:], *allowed], dtype=np.int64)
-        values = np.full(len(noted), 1, dtype=np.int32)
-        values[:num_prompt] = PROMPT
-        values[len(noted) - len(allowed) :] = ALLOWED
-        return self.notes.data_ptr() + 4 * noted, values
 
 
 def _record(row: SampleRow, logits: Tensor) -> Record:
@@ -77,6 +78,7 @@ def _record(row: SampleRow, logits: Tensor) -> Record:
     vocab, is_drawn = logits.shape[1], row.temperature > 0.0
     factors = row.repetition_penalty, row.frequency_penalty, row.presence_penalty
     needs_notes = factors != (1.0, 0.0, 0.0) or len(row.allowed_ids) > 0
+    notes = torch.zeros(vocab, dtype=torch.int32, device=logits.device) if needs_notes else None
     row.native = record = Record(
         is_plain=row.is_plain,
         is_drawn=is_drawn,
@@ -87,7 +89,8 @@ def _record(row: SampleRow, logits: Tensor) -> Record:
             1.0 / row.temperature if is_drawn else 0.0, math.log(row.min_p) if row.min_p > 0 else -math.inf, row.top_p
         ),
         factors=factors,
-        notes=torch.zeros(vocab, dtype=torch.int32, device=logits.device) if needs_notes else None,
+        notes=notes,
+        address=0 if notes is None else notes.data_ptr(),
     )
     return record
 
@@ -208,27 +211,28 @@ class Plan:
 
     def _changes(self, vocab: int) -> Arrays:
         """What the logits of `changed` are adjusted by."""
-        wholes = np.zeros((len(self.changed), 4), dtype=np.int64)
-        masks: list[NDArray[np.uint8]] = []
-        notes, forbidden = [], []
+        wholes: list[tuple[int, int, bool, int]] = []
+        masks: list[bytes] = []
+        addresses: list[int] = []
+        notes: list[int] = []
+        forbidden: list[int] = []
         for slot, i in enumerate(self.changed):
-            row, record, constraint = self.rows[i], self.records[i], self.constraints.get(i) or Constraint()
-            address = 0 if record.notes is None else record.notes.data_ptr()
-            wholes[slot] = i, len(masks) if constraint.mask is not None else -1, len(row.allowed_ids) > 0, address
+            row, record, constraint = self.rows[i], self.records[i], self.constraints.get(i) or NO_CONSTRAINT
+            mask_row = -1 if constraint.mask is None else len(masks)
+            wholes.append((i, mask_row, len(row.allowed_ids) > 0, record.address))
             if constraint.mask is not None:
-                masks.append(np.zeros(-(-vocab // 8), dtype=np.uint8))
-                bits = np.frombuffer(constraint.mask, dtype=np.uint8)[: len(masks[-1])]
-                masks[-1][: len(bits)] = bits
+                masks.append(constraint.mask[: -(-vocab // 8)].ljust(-(-vocab // 8), b"\0"))
             if record.notes is not None:
-                notes.append(record.note(row))
+                record.note(row, addresses, notes)
             forbidden += [slot * vocab + token_id for token_id in constraint.forbidden_ids]
         biased = [(i * vocab + token_id, b) for i in self.changed for token_id, b in self.rows[i].bias.items()]
         factors = np.array([self.records[i].factors for i in self.changed], dtype=np.float32)
-        found: Arrays = {"wholes": wholes, "factors": factors}
+        found: Arrays = {"wholes": np.array(wholes, dtype=np.int64), "factors": factors}
         if masks:
-            found["masks"] = np.stack(masks)
+            found["masks"] = np.frombuffer(bytearray().join(masks), dtype=np.uint8)
         if notes:
-            found["addresses"], found["notes"] = (np.concatenate(part) for part in zip(*notes, strict=True))
+            found["addresses"] = np.array(addresses, dtype=np.int64)
+            found["notes"] = np.array(notes, dtype=np.int32)
         if forbidden:
             found["forbidden"] = np.array(forbidden, dtype=np.int64)
         if biased:
@@ -270,8 +274,7 @@ def _adjust(logits: Tensor, plan: Plan, there: Mapping[str, Tensor]) -> Tensor:
     out = torch.empty(num_changed + len(plan.given), vocab, device=logits.device)
     if "notes" in there:
         count = there["notes"].shape[0]
-        if count:
-            kernels.note_kernel[(triton.cdiv(count, 1024),)](there["addresses"], there["notes"], count, BLOCK=1024)
+        kernels.note_kernel[(triton.cdiv(count, 1024),)](there["addresses"], there["notes"], count, BLOCK=1024)
     x = logits
     if "biased" in there:
         x = torch.empty(logits.shape, device=logits.device).copy_(logits)
