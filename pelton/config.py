@@ -57,7 +57,7 @@ class EngineArgs:
     generation_config: str = "auto"  # "auto": the checkpoint's sampling defaults; "vllm": none; or a directory
     chat_template: str | None = None
     max_logprobs: int = 20
-    block_size: int = 16
+    block_size: int | None = None  # 16 on a CPU, 64 on a GPU
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     max_num_seqs: int | None = None
@@ -94,7 +94,7 @@ class EngineArgs:
             raise ConfigError(
                 f"--tensor-parallel-size {self.tensor_parallel_size}: this version runs on one device; use 1"
             )
-        if self.block_size & (self.block_size - 1):
+        if self.block_size is not None and self.block_size & (self.block_size - 1):
             raise ConfigError(f"--block-size must be a power of two, got {self.block_size}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}")
@@ -297,20 +297,21 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
     max_num_seqs = args.max_num_seqs or (64 if device.kind == "cpu" else 256)
     model_len = _context_length(args, model.max_len)
     kv_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
-    block_bytes = _block_bytes(args.block_size, model.kv_layers, kv_dtype)
+    block_size = args.block_size or (64 if device.kind == "cuda" else 16)
+    block_bytes = _block_bytes(block_size, model.kv_layers, kv_dtype)
     groups = make_groups(model.kv_layers)
-    most_blocks = 1 + max_num_seqs * len(groups) * (math.ceil(model_len / args.block_size) + 1)
+    most_blocks = 1 + max_num_seqs * len(groups) * (math.ceil(model_len / block_size) + 1)
     num_blocks = args.num_gpu_blocks_override or min(
         most_blocks, _kv_bytes(args, device, _weight_bytes(model, dtype, device), env) // block_bytes
     )
-    max_num_batched_tokens = args.max_num_batched_tokens or (512 if device.kind == "cpu" else 2048)
+    max_num_batched_tokens = args.max_num_batched_tokens or (512 if device.kind == "cpu" else 8192)
     chunk = max_num_batched_tokens if args.enable_chunked_prefill else model_len
-    max_model_len = _fit_context(args, groups, num_blocks, model_len, block_bytes, chunk, warnings)
+    max_model_len = _fit_context(args, groups, num_blocks, block_size, model_len, block_bytes, chunk, warnings)
     if not args.enable_chunked_prefill:
         max_num_batched_tokens = max(max_num_batched_tokens, max_model_len)
     return EngineConfig(
         model=ModelConfig(dtype, max_model_len),
-        cache=CacheConfig(args.block_size, num_blocks, groups, args.enable_prefix_caching, kv_dtype),
+        cache=CacheConfig(block_size, num_blocks, groups, args.enable_prefix_caching, kv_dtype),
         scheduler=SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -437,18 +438,18 @@ def _kv_bytes(args: EngineArgs, device: DeviceFacts, weight_bytes: int, env: Env
 
 
 def _fit_context(
-    args: EngineArgs, groups: Sequence[KVGroup], num_blocks: int, model_len: int, block_bytes: int, chunk: int,
-    warnings: list[str],
+    args: EngineArgs, groups: Sequence[KVGroup], num_blocks: int, block_size: int, model_len: int, block_bytes: int,
+    chunk: int, warnings: list[str],
 ) -> int:
     """The context length that one request alone can fill with `num_blocks` blocks, in steps of `chunk` tokens."""
-    need = 1 + blocks_for(model_len, args.block_size, groups, chunk)
+    need = 1 + blocks_for(model_len, block_size, groups, chunk)
     if need <= num_blocks:
         return model_len
     need_gib, have_gib = need * block_bytes / GIB, num_blocks * block_bytes / GIB
     low, high = 0, model_len  # the longest length that fits, by bisection
     while low < high:
         middle = (low + high + 1) // 2
-        if 1 + blocks_for(middle, args.block_size, groups, chunk) <= num_blocks:
+        if 1 + blocks_for(middle, block_size, groups, chunk) <= num_blocks:
             low = middle
         else:
             high = middle - 1

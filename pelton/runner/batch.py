@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,36 @@ from pelton.runner.kv_cache import KVCache
 from pelton.runner.requests import RequestState
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a step, all in one piece of memory; what is needed of few requests comes first."""
+
+    memory: Tensor  # int64
+    token_ids: Tensor  # [T]
+    positions: Tensor  # [T]
+    query_starts: Tensor  # [R + 1]
+    context_lens: Tensor  # [R]
+    sampled_rows: Tensor  # [R]: tokens whose logits are sampled
+    groups: list[GroupSlots]
+
+    @classmethod
+    def make(cls, max_tokens: int, max_requests: int, max_blocks: int, num_groups: int, device: torch.device) -> Inputs:
+        """Zeros; on the host in memory that a GPU reads (for `device` "cuda": there)."""
+        sizes = [max_tokens, max_tokens, max_requests + 1, max_requests, max_requests, *[max_tokens] * num_groups]
+        num_tables = max_requests * num_groups * max_blocks
+        is_pinned = device.type == "cpu" and torch.cuda.is_available()
+        memory = torch.zeros(sum(sizes) + num_tables, dtype=torch.int64, device=device, pin_memory=is_pinned)
+        *parts, tables = memory.split([*sizes, num_tables])
+        tables = tables.view(max_requests, num_groups, max_blocks)
+        groups = [GroupSlots(slots, tables[:, i]) for i, slots in enumerate(parts[5:])]
+        return cls(memory, *parts[:5], groups)
+
+    def size(self, num_requests: int) -> int:
+        """How much of the memory holds what is needed of so many requests."""
+        tables = self.groups[0].block_table
+        return tables.storage_offset() + num_requests * tables.stride(0)
+
+
 class BatchBuffers:
     """The memory of a step's inputs, filled anew for each step, always in the same place: a captured forward pass reads
     it there. Tokens and requests beyond a step's own are left over from earlier ones; no request owns them."""
@@ -21,13 +52,10 @@ class BatchBuffers:
     def __init__(self, kv: KVCache, max_tokens: int, max_requests: int, max_blocks: int) -> None:
         """max_blocks: the longest block table of a request."""
         self.kv = kv
-        self.max_tokens, self.max_requests = max_tokens, max_requests
-        sizes = [(max_tokens,), (max_tokens,), (max_requests + 1,), (max_requests,), (max_requests,)]
-        group_sizes = [(max_tokens,), (max_requests, max_blocks)]
-        host = [_zeros(size, kv.device) for size in [*sizes, *group_sizes * len(kv.groups)]]
-        self._pairs = [(tensor, tensor.to(kv.device)) for tensor in host]
-        self.token_ids, self.positions, self.query_starts, self.context_lens, self.sampled_rows = host[:5]
-        self.groups = _groups(host)
+        self.max_tokens, self.max_requests, self.max_blocks = max_tokens, max_requests, max_blocks
+        sizes = max_tokens, max_requests, max_blocks, len(kv.groups)
+        self.host = Inputs.make(*sizes, torch.device("cpu"))
+        self.device = self.host if kv.device.type == "cpu" else Inputs.make(*sizes, kv.device)
 
     def fill(self, chunks: Sequence[Chunk], states: Sequence[RequestState]) -> tuple[int, list[int]]:
         """Write the chunks, in their order; `states` are those of the chunks' requests. Returns the number of tokens
@@ -42,13 +70,13 @@ class BatchBuffers:
             starts.append(len(token_ids))
             context_lens.append(end)
         num_tokens = len(token_ids)
-        self.token_ids.numpy()[:num_tokens] = token_ids
-        self.positions.numpy()[:num_tokens] = positions
-        query_starts = self.query_starts.numpy()
+        self.host.token_ids.numpy()[:num_tokens] = token_ids
+        self.host.positions.numpy()[:num_tokens] = positions
+        query_starts = self.host.query_starts.numpy()
         query_starts[: len(starts)] = starts
         query_starts[len(starts) :] = num_tokens
-        self.context_lens.numpy()[: len(chunks)] = context_lens
-        for group_id, group in enumerate(self.groups):
+        self.host.context_lens.numpy()[: len(chunks)] = context_lens
+        for group_id, group in enumerate(self.host.groups):
             self._fill_group(group, chunks, [state.tables[group_id] for state in states], starts)
         return num_tokens, starts
 
@@ -66,42 +94,25 @@ class BatchBuffers:
 
     def clear_slots(self, begin: int, end: int) -> None:
         """Let tokens begin .. end - 1, which no request owns, be written to the null block."""
-        for group in self.groups:
+        for group in self.host.groups:
             group.slots[begin:end] = 0
 
+    def upload(self, num_requests: int) -> None:
+        """Bring what was filled to the cache's device."""
+        if self.device is not self.host:
+            size = self.host.size(num_requests)
+            self.device.memory[:size].copy_(self.host.memory[:size], non_blocking=True)
+
     def batch(self, num_tokens: int, num_requests: int) -> Batch:
-        """The first tokens and requests, on the cache's device, as they are filled now or will be."""
-        device = [tensor for _, tensor in self._pairs]
-        token_ids, positions, query_starts, context_lens, _ = device[:5]
+        """The first tokens and requests, on the cache's device, as they were uploaded last or will be."""
+        inputs = self.device
         groups = [
-            GroupSlots(group.slots[:num_tokens], group.block_table[:num_requests]) for group in _groups(device)
+            GroupSlots(group.slots[:num_tokens], group.block_table[:num_requests]) for group in inputs.groups
         ]
         return Batch(
-            token_ids=token_ids[:num_tokens],
-            positions=positions[:num_tokens],
-            query_starts=query_starts[: num_requests + 1],
-            context_lens=context_lens[:num_requests],
+            token_ids=inputs.token_ids[:num_tokens],
+            positions=inputs.positions[:num_tokens],
+            query_starts=inputs.query_starts[: num_requests + 1],
+            context_lens=inputs.context_lens[:num_requests],
             kv=[(cache, groups[i]) for cache, i in zip(self.kv.layers, self.kv.group_of_layer, strict=True)],
         )
-
-    def rows(self, num_sampled: int) -> Tensor:
-        """The tokens to sample after, on the cache's device."""
-        return self._pairs[4][1][:num_sampled]
-
-    def upload(self, num_tokens: int, num_requests: int) -> None:
-        """Bring what was filled to the cache's device."""
-        if self.kv.device.type == "cpu":
-            return
-        counts = [num_tokens, num_tokens, num_requests + 1, num_requests, num_requests]
-        counts += [num_tokens, num_requests] * len(self.groups)
-        for (host, device), count in zip(self._pairs, counts, strict=True):
-            device[:count].copy_(host[:count], non_blocking=True)
-
-
-def _zeros(size: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
-
-
-def _groups(tensors: Sequence[Tensor]) -> list[GroupSlots]:
-    """The tensors behind the first five, two for each group."""
-    return [GroupSlots(*tensors[i : i + 2]) for i in range(5, len(tensors), 2)]

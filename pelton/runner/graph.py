@@ -1,38 +1,43 @@
 """The captured step. What is captured reads its inputs in the batch buffers, and is replayed in one call.
 
-On a CPU a model's forward pass and its logits are recorded programs: recorded once, for as many rows as a step can have,
-and replayed for any number of them, as every buffer has its rows outermost. On a GPU they are CUDA graphs of steps in
-which every request has one token, for some numbers of requests; fewer requests are filled up with empty ones. Eager and
-captured steps run the same kernels on the same numbers.
+On a CPU a model's forward pass and its logits are recorded programs: recorded once, for as many rows as a step can
+have, and replayed for any number of them, as every buffer has its rows outermost. On a GPU they are CUDA graphs of
+steps in which every request has one token, for some numbers of requests; fewer requests are filled up with empty ones.
+Eager and captured steps run the same kernels on the same numbers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pelton import ops
+from pelton.engine.step import Chunk
 from pelton.models import Model
 from pelton.ops.native import native
 from pelton.ops.recording import Recorder
 from pelton.runner.batch import BatchBuffers
+from pelton.runner.kv_cache import KVCache
 
 SIZES = (1, 2, 4, *range(8, 128, 8), *range(128, 256, 16), *range(256, 1025, 32))  # requests of a CUDA graph
 
 
 class Captured(ABC):
-    """A model's forward pass and logits over the buffers of its batches."""
+    """A model's forward pass and logits over the buffers of batches."""
 
-    def takes(self, num_tokens: int, num_requests: int, num_sampled: int) -> bool:
-        """Whether a step is captured."""
+    buffers: BatchBuffers
+
+    def takes(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether a step of these chunks is captured."""
         return True
 
     @abstractmethod
     def run(self, num_tokens: int, num_sampled: int) -> tuple[Tensor, Tensor]:
-        """Compute the filled batch: its hidden states [T, d_model], and the logits [M, V] of the sampled rows."""
+        """Compute what was filled in: its hidden states [T, d_model], and the logits [M, V] of the sampled rows."""
 
 
 class Programs(Captured):
@@ -40,10 +45,11 @@ class Programs(Captured):
 
     def __init__(self, model: Model, buffers: BatchBuffers) -> None:
         """Records; raises NotRecordable if the model does something that is no kernel call."""
+        self.buffers = buffers
         with Recorder(buffers.max_tokens) as forward:
             self.hidden = model.forward(buffers.batch(buffers.max_tokens, buffers.max_requests))  # [T, d_model]
         with Recorder(buffers.max_requests) as logits:
-            self.logits = model.logits(ops.select_rows(self.hidden, buffers.sampled_rows))  # [M, V]
+            self.logits = model.logits(ops.select_rows(self.hidden, buffers.host.sampled_rows))  # [M, V]
         self._forward, self._logits = forward, logits  # they own the programs' memory
 
     def run(self, num_tokens: int, num_sampled: int) -> tuple[Tensor, Tensor]:
@@ -55,31 +61,28 @@ class Programs(Captured):
 class Graphs(Captured):
     """On a GPU."""
 
-    def __init__(self, model: Model, buffers: BatchBuffers) -> None:
+    def __init__(self, model: Model, kv: KVCache, max_requests: int, max_blocks: int) -> None:
+        self.buffers = BatchBuffers(kv, max_requests, max_requests, max_blocks)
         self._model = model
-        self._buffers = buffers
-        most = buffers.max_requests
-        self._sizes = [size for size in SIZES if size < most] + [most]
+        self._sizes = [size for size in SIZES if size < max_requests] + [max_requests]
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         for size in reversed(self._sizes):  # smaller ones fit into the memory of larger ones
             self._captured[size] = self._capture(size)
 
-    def takes(self, num_tokens: int, num_requests: int, num_sampled: int) -> bool:
-        return num_tokens == num_requests == num_sampled
+    def takes(self, chunks: Sequence[Chunk]) -> bool:
+        return all(chunk.num_tokens == 1 and chunk.sample for chunk in chunks)
 
     def run(self, num_tokens: int, num_sampled: int) -> tuple[Tensor, Tensor]:
         size = self._sizes[bisect_left(self._sizes, num_tokens)]
-        self._buffers.clear_slots(num_tokens, size)
-        self._buffers.upload(size, size)
+        self.buffers.clear_slots(num_tokens, size)
+        self.buffers.upload(num_tokens)
         graph, hidden, logits = self._captured[size]
         graph.replay()
         return hidden[:num_tokens], logits[:num_sampled]
 
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        self._buffers.clear_slots(0, size)
-        self._buffers.upload(size, size)
-        batch = self._buffers.batch(size, size)
+        batch = self.buffers.batch(size, size)  # of no request: nothing but the null block is written
         self._model.logits(self._model.forward(batch))  # compiles what is not compiled yet
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):

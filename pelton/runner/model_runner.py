@@ -46,7 +46,9 @@ class ModelRunner:
     @torch.inference_mode()
     def _capture(self) -> None:
         if self.device.type == "cuda":
-            self.graph = None if gpu.why_not() else Graphs(self.model, self.buffers)
+            if not gpu.why_not():
+                most, max_blocks = self.buffers.max_requests, self.buffers.max_blocks
+                self.graph = Graphs(self.model, self.kv, most, max_blocks)
         elif native is not None:
             try:
                 self.graph = Programs(self.model, self.buffers)
@@ -60,9 +62,15 @@ class ModelRunner:
         result = StepResult(plan.step_id)
         if not plan.chunks:
             return result
-        num_tokens, starts = self.buffers.fill(plan.chunks, states)
+        graph = self.graph if self.graph is not None and self.graph.takes(plan.chunks) else None
+        buffers = self.buffers if graph is None else graph.buffers
+        num_tokens, starts = buffers.fill(plan.chunks, states)
         sampled = [i for i, chunk in enumerate(plan.chunks) if chunk.sample]
-        hidden, logits = self._forward(num_tokens, len(plan.chunks), [starts[i + 1] - 1 for i in sampled])
+        buffers.host.sampled_rows.numpy()[: len(sampled)] = [starts[i + 1] - 1 for i in sampled]
+        if graph is not None:
+            hidden, logits = graph.run(num_tokens, len(sampled))
+        else:
+            hidden, logits = self._forward(num_tokens, len(plan.chunks), len(sampled))
         for chunk, state, start in zip(plan.chunks, states, starts, strict=False):
             if state.request.params.prompt_logprobs is not None and chunk.start < state.num_prompt:
                 self._score_prompt(hidden[start : start + chunk.num_tokens], chunk, state, result)
@@ -70,16 +78,13 @@ class ModelRunner:
             self._sample(logits, [plan.chunks[i] for i in sampled], [states[i] for i in sampled], result)
         return result
 
-    def _forward(self, num_tokens: int, num_requests: int, sampled_rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Hidden states [T, d_model] of the filled batch, and the logits [M, V] of its sampled rows."""
-        self.buffers.sampled_rows.numpy()[: len(sampled_rows)] = sampled_rows
-        if self.graph is not None and self.graph.takes(num_tokens, num_requests, len(sampled_rows)):
-            return self.graph.run(num_tokens, len(sampled_rows))
-        self.buffers.upload(num_tokens, num_requests)
+    def _forward(self, num_tokens: int, num_requests: int, num_sampled: int) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, d_model] of what was filled in, and the logits [M, V] of its sampled rows."""
+        self.buffers.upload(num_requests)
         hidden = self.model.forward(self.buffers.batch(num_tokens, num_requests))
-        if not sampled_rows:
+        if num_sampled == 0:
             return hidden, hidden[:0]
-        return hidden, self.model.logits(ops.select_rows(hidden, self.buffers.rows(len(sampled_rows))))
+        return hidden, self.model.logits(ops.select_rows(hidden, self.buffers.device.sampled_rows[:num_sampled]))
 
     def _sample(
         self, logits: Tensor, chunks: list[Chunk], states: list[RequestState], result: StepResult

@@ -25,9 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pelton import ops
-from pelton.ops.cuda.launch import has_float8, num_processors, on_gpu, shared_memory
+from pelton.ops.cuda.launch import OVERLAP, has_float8, num_processors, on_gpu, shared_memory, wait_for_inputs
 
-PART = 256  # keys
+PART = 128  # keys
 MAX_PARTS = 64
 FEW_ROWS = 8  # a request with so many new tokens is computed as that many decodes
 MAX_HEAD_SIZE = 256
@@ -152,8 +152,13 @@ def _add_span(
     """
     at = begin + tl.arange(0, KEYS)
     there = (at >= first_key) & (at <= last_key)
-    blocks = x.block_table + r.to(tl.int64) * x.table_request + at // x.BLOCK_SIZE
-    block = (tl.load(blocks, mask=there, other=0) if MASKED else tl.load(blocks)).to(tl.int64)
+    blocks = x.block_table + r.to(tl.int64) * x.table_request
+    if x.BLOCK_SIZE % KEYS == 0:  # the span lies in one block
+        block = tl.load(blocks + begin // x.BLOCK_SIZE).to(tl.int64)
+    elif MASKED:
+        block = tl.load(blocks + at // x.BLOCK_SIZE, mask=there, other=0).to(tl.int64)
+    else:
+        block = tl.load(blocks + at // x.BLOCK_SIZE).to(tl.int64)
     slot = at % x.BLOCK_SIZE
 
     key = _load_rows(x, x.key, block, slot, g, there, MASKED)
@@ -239,6 +244,7 @@ def _chunk_kernel(
     x, num_requests, FEW_ROWS: tl.constexpr, REQUESTS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):
     """One tile a program, of a request with more than FEW_ROWS tokens."""
+    wait_for_inputs()
     TOKENS: tl.constexpr = ROWS // x.GROUP
     lengths, _ = _load_requests(x, num_requests, REQUESTS)
     ends = tl.cumsum(tl.where(lengths > FEW_ROWS, tl.cdiv(lengths, TOKENS), 0), 0)
@@ -382,6 +388,7 @@ def _decode_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):
     """Each program computes its share of the units."""
+    wait_for_inputs()
     ends, share = _line_up(x, num_requests, few_rows, PART, MAX_PARTS, REQUESTS)
     unit = tl.program_id(0) * share
     stop = tl.minimum(unit + share, tl.max(ends, 0))
@@ -421,6 +428,7 @@ def _join_kernel(
     x, parts, num_slots, num_requests, few_rows, PART: tl.constexpr, MAX_PARTS: tl.constexpr, REQUESTS: tl.constexpr
 ):
     """Program (p, head): joins the parts of the token whose units begin in the share of p and end in another."""
+    wait_for_inputs()
     ends, share = _line_up(x, num_requests, few_rows, PART, MAX_PARTS, REQUESTS)
     unit = (tl.program_id(0) + 1) * share - 1  # the last of p
     if unit >= tl.max(ends, 0):
@@ -470,7 +478,7 @@ def paged_attention(
         tiles = num_tokens // (tiling.rows // group) + min(num_requests, num_tokens // (FEW_ROWS + 1))
         _chunk_kernel[(tiles * num_kv_heads,)](
             inputs, num_requests, FEW_ROWS, requests, tiling.rows, tiling.keys,
-            num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+            num_warps=tiling.num_warps, num_stages=tiling.num_stages, **OVERLAP,
         )
 
     tiling = decode_tiling(head_size, group, query.dtype)
@@ -487,11 +495,11 @@ def paged_attention(
     sizes = PART, MAX_PARTS, requests
     _decode_kernel[(num_programs,)](
         inputs, parts, num_slots, num_requests, few_rows, *sizes, tiling.rows, min(tiling.keys, PART),
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **OVERLAP,
     )
     if max_units > 1:
         _join_kernel[(num_programs, group)](
-            inputs, parts, num_slots, num_requests, few_rows, *sizes, num_warps=2
+            inputs, parts, num_slots, num_requests, few_rows, *sizes, num_warps=2, **OVERLAP
         )
     return out
 
