@@ -17,6 +17,7 @@ differ in the last bits.)
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ class Tiling(NamedTuple):
     num_stages: int  # 2n + 1, where n spans are under way: to look up their blocks is a stage too
 
 
+@cache
 def decode_tiling(head_size: int, group: int, dtype: torch.dtype) -> Tiling:
     """For a dtype of queries. Bound by memory."""
     rows = max(16, triton.next_power_of_2(group))
@@ -58,6 +60,7 @@ def decode_tiling(head_size: int, group: int, dtype: torch.dtype) -> Tiling:
     return Tiling(rows, 64 if head_size <= 128 else 32, 4, 5)
 
 
+@cache
 def chunk_tiling(head_size: int, group: int, dtype: torch.dtype, shared_memory: int) -> Tiling:
     """For a dtype of queries, and bytes of shared memory that a program may have. Bound by products."""
     if dtype == torch.float32:
@@ -80,8 +83,19 @@ def _store(numbers: Tensor) -> Store:
     return Store(numbers, *numbers.stride()[:3])
 
 
+class Shape(NamedTuple):
+    """What is compiled in, each a constexpr."""
+
+    WINDOW: Any  # or None
+    NUM_KV_HEADS: Any
+    GROUP: Any
+    HEAD_SIZE: Any
+    WIDTH: Any  # HEAD_SIZE, rounded up to a power of two
+    BLOCK_SIZE: Any
+
+
 class Inputs(NamedTuple):
-    """What all kernels are given; names in capitals are compiled in."""
+    """What all kernels are given."""
 
     out: Any  # [T, H, D]
     query: Any  # [T, H, D]
@@ -98,12 +112,7 @@ class Inputs(NamedTuple):
     span_ends: Any  # [T], or None
     scale: float
     softcap: float | None
-    WINDOW: Any  # or None
-    NUM_KV_HEADS: Any
-    GROUP: Any
-    HEAD_SIZE: Any
-    WIDTH: Any  # HEAD_SIZE, rounded up to a power of two
-    BLOCK_SIZE: Any
+    shape: Shape
 
 
 class Sums(NamedTuple):
@@ -120,13 +129,13 @@ class Sums(NamedTuple):
 @triton.jit
 def _load_rows(x, store, block, slot, g, there, MASKED: tl.constexpr):
     """Keys or values [keys, WIDTH] in the query's dtype; zeros where there are none, and nothing else is read."""
-    column = tl.arange(0, x.WIDTH)[None, :]
+    column = tl.arange(0, x.shape.WIDTH)[None, :]
     offsets = block * store.block + (slot * store.slot + g * store.head)
     pointers = store.numbers + offsets[:, None] + column
     if MASKED:
-        rows = tl.load(pointers, mask=there[:, None] & (column < x.HEAD_SIZE), other=0.0)
-    elif x.WIDTH != x.HEAD_SIZE:
-        rows = tl.load(pointers, mask=column < x.HEAD_SIZE, other=0.0)
+        rows = tl.load(pointers, mask=there[:, None] & (column < x.shape.HEAD_SIZE), other=0.0)
+    elif x.shape.WIDTH != x.shape.HEAD_SIZE:
+        rows = tl.load(pointers, mask=column < x.shape.HEAD_SIZE, other=0.0)
     else:
         rows = tl.load(pointers)
     if store.numbers.dtype.element_ty == tl.int8:
@@ -153,13 +162,13 @@ def _add_span(
     at = begin + tl.arange(0, KEYS)
     there = (at >= first_key) & (at <= last_key)
     blocks = x.block_table + r.to(tl.int64) * x.table_request
-    if x.BLOCK_SIZE % KEYS == 0:  # the span lies in one block
-        block = tl.load(blocks + begin // x.BLOCK_SIZE).to(tl.int64)
+    if x.shape.BLOCK_SIZE % KEYS == 0:  # the span lies in one block
+        block = tl.load(blocks + begin // x.shape.BLOCK_SIZE).to(tl.int64)
     elif MASKED:
-        block = tl.load(blocks + at // x.BLOCK_SIZE, mask=there, other=0).to(tl.int64)
+        block = tl.load(blocks + at // x.shape.BLOCK_SIZE, mask=there, other=0).to(tl.int64)
     else:
-        block = tl.load(blocks + at // x.BLOCK_SIZE).to(tl.int64)
-    slot = at % x.BLOCK_SIZE
+        block = tl.load(blocks + at // x.shape.BLOCK_SIZE).to(tl.int64)
+    slot = at % x.shape.BLOCK_SIZE
 
     key = _load_rows(x, x.key, block, slot, g, there, MASKED)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")  # [rows, KEYS]
@@ -190,24 +199,24 @@ def _add_span(
 def _no_sums(x, ROWS: tl.constexpr):
     """Of no keys."""
     zeros = tl.zeros([ROWS], tl.float32)
-    return Sums(zeros - float("inf"), zeros, tl.zeros([ROWS, x.WIDTH], tl.float32))
+    return Sums(zeros - float("inf"), zeros, tl.zeros([ROWS, x.shape.WIDTH], tl.float32))
 
 
 @triton.jit
 def _load_query(x, token, head, there):
     """Rows [rows, WIDTH] of the query; token: a number or [rows]."""
-    column = tl.arange(0, x.WIDTH)[None, :]
+    column = tl.arange(0, x.shape.WIDTH)[None, :]
     offsets = token.to(tl.int64) * x.query_token + head * x.query_head
-    return tl.load(x.query + offsets[:, None] + column, mask=there[:, None] & (column < x.HEAD_SIZE), other=0.0)
+    return tl.load(x.query + offsets[:, None] + column, mask=there[:, None] & (column < x.shape.HEAD_SIZE), other=0.0)
 
 
 @triton.jit
 def _store_out(x, sums, token, head, there):
     """The quotients, to their rows of the output."""
-    column = tl.arange(0, x.WIDTH)[None, :]
-    offsets = (token.to(tl.int64) * (x.NUM_KV_HEADS * x.GROUP) + head) * x.HEAD_SIZE
+    column = tl.arange(0, x.shape.WIDTH)[None, :]
+    offsets = (token.to(tl.int64) * (x.shape.NUM_KV_HEADS * x.shape.GROUP) + head) * x.shape.HEAD_SIZE
     rows = (sums.weighted / sums.total[:, None]).to(x.out.dtype.element_ty)
-    tl.store(x.out + offsets[:, None] + column, rows, mask=there[:, None] & (column < x.HEAD_SIZE))
+    tl.store(x.out + offsets[:, None] + column, rows, mask=there[:, None] & (column < x.shape.HEAD_SIZE))
 
 
 # --- who computes what -----------------------------------------------------------------------------------------------
@@ -233,7 +242,7 @@ def _locate(at, ends):
 @triton.jit
 def _first_seen(x, position):
     """The first key that a token sees."""
-    return position * 0 if x.WINDOW is None else tl.maximum(position - (x.WINDOW - 1), 0)
+    return position * 0 if x.shape.WINDOW is None else tl.maximum(position - (x.shape.WINDOW - 1), 0)
 
 
 # --- chunks ----------------------------------------------------------------------------------------------------------
@@ -245,14 +254,14 @@ def _chunk_kernel(
 ):
     """One tile a program, of a request with more than FEW_ROWS tokens."""
     wait_for_inputs()
-    TOKENS: tl.constexpr = ROWS // x.GROUP
+    TOKENS: tl.constexpr = ROWS // x.shape.GROUP
     lengths, _ = _load_requests(x, num_requests, REQUESTS)
     ends = tl.cumsum(tl.where(lengths > FEW_ROWS, tl.cdiv(lengths, TOKENS), 0), 0)
-    tile = tl.max(ends, 0) - 1 - tl.program_id(0) // x.NUM_KV_HEADS  # the last first: they see the most keys
+    tile = tl.max(ends, 0) - 1 - tl.program_id(0) // x.shape.NUM_KV_HEADS  # the last first: they see the most keys
     if tile < 0:
         return
     r, first_tile = _locate(tile, ends)
-    g = tl.program_id(0) % x.NUM_KV_HEADS
+    g = tl.program_id(0) % x.shape.NUM_KV_HEADS
     end = tl.load(x.query_starts + r + 1).to(tl.int32)
     begin = tl.load(x.query_starts + r).to(tl.int32) + (tile - first_tile) * TOKENS
     context_len = tl.load(x.context_lens + r).to(tl.int32)
@@ -260,10 +269,10 @@ def _chunk_kernel(
     last_position = tl.minimum(position + TOKENS, context_len) - 1
 
     row = tl.arange(0, ROWS)
-    token, head = begin + row // x.GROUP, g * x.GROUP + row % x.GROUP
-    there = (row < TOKENS * x.GROUP) & (token < end)
+    token, head = begin + row // x.shape.GROUP, g * x.shape.GROUP + row % x.shape.GROUP
+    there = (row < TOKENS * x.shape.GROUP) & (token < end)
     query = _load_query(x, token, head, there)
-    last = position + row // x.GROUP
+    last = position + row // x.shape.GROUP
     first = _first_seen(x, last)[:, None]
     if x.span_ends is not None:
         span_end = tl.load(x.span_ends + token, mask=there, other=0).to(tl.int32)
@@ -277,7 +286,7 @@ def _chunk_kernel(
     full_end = tl.maximum((position + 1) // KEYS * KEYS, start)
     full_begin = tl.minimum(tl.cdiv(_first_seen(x, last_position), KEYS) * KEYS, full_end)
     sums = _no_sums(x, ROWS)
-    if x.WINDOW is not None:
+    if x.shape.WINDOW is not None:
         for at in range(start, full_begin, KEYS):
             sums = _add_span(x, sums, query, r, g, at, first_key, last_key, first, last, KEYS, True)
     for at in range(full_begin, full_end, KEYS):
@@ -332,7 +341,7 @@ def _line_up(x, num_requests, few_rows, PART: tl.constexpr, MAX_PARTS: tl.conste
     num_tokens, context_len = _load_requests(x, num_requests, REQUESTS)
     _, units = _units_seen(x, num_tokens, context_len, PART, MAX_PARTS)
     has_units = (num_tokens > 0) & (num_tokens <= few_rows)
-    ends = tl.cumsum(tl.where(has_units, num_tokens * x.NUM_KV_HEADS * units, 0), 0)
+    ends = tl.cumsum(tl.where(has_units, num_tokens * x.shape.NUM_KV_HEADS * units, 0), 0)
     return ends, tl.maximum(tl.cdiv(tl.max(ends, 0), tl.num_programs(0)), 1)
 
 
@@ -344,7 +353,7 @@ def _find(x, at, ends, PART: tl.constexpr, MAX_PARTS: tl.constexpr):
     context_len = tl.load(x.context_lens + r).to(tl.int32)
     first_unit, units = _units_seen(x, end - begin, context_len, PART, MAX_PARTS)
     i = (at - before) // units
-    token = begin + i // x.NUM_KV_HEADS
+    token = begin + i // x.shape.NUM_KV_HEADS
     position = context_len - (end - token)
     first, last = _first_seen(x, position), position
     if x.span_ends is not None:
@@ -353,7 +362,7 @@ def _find(x, at, ends, PART: tl.constexpr, MAX_PARTS: tl.constexpr):
     keys = _part_keys(last + 1 - first, PART, MAX_PARTS)
     units_begin = before + i * units
     return Place(
-        r, token, i % x.NUM_KV_HEADS, first, last, keys, keys // PART, units_begin - first_unit, units_begin,
+        r, token, i % x.shape.NUM_KV_HEADS, first, last, keys, keys // PART, units_begin - first_unit, units_begin,
         units_begin + units,
     )
 
@@ -379,7 +388,7 @@ def _join(a, b):
 def _part_offsets(x, place, share, i, head, num_slots):
     """Where the sums of part i lie, for heads [rows] of the group: a row for each program in whose share the units of a
     token begin and do not end, which is one token at most."""
-    return ((place.begin // share) * num_slots + i - place.first // place.keys) * x.GROUP + head
+    return ((place.begin // share) * num_slots + i - place.first // place.keys) * x.shape.GROUP + head
 
 
 @triton.jit(do_not_specialize=["num_requests", "few_rows"])
@@ -393,15 +402,15 @@ def _decode_kernel(
     unit = tl.program_id(0) * share
     stop = tl.minimum(unit + share, tl.max(ends, 0))
     row = tl.arange(0, ROWS)
-    column = tl.arange(0, x.WIDTH)[None, :]
-    there = row < x.GROUP
+    column = tl.arange(0, x.shape.WIDTH)[None, :]
+    there = row < x.shape.GROUP
     while unit < stop:
         place = _find(x, unit, ends, PART, MAX_PARTS)
         until = tl.minimum(place.end, stop)
         begin = tl.maximum(tl.cdiv(unit - place.origin, place.step) * place.keys, place.first // KEYS * KEYS)
         end = tl.minimum(tl.cdiv(until - place.origin, place.step) * place.keys, place.last + 1)
         is_shared = _is_shared(place, share)
-        head = place.g * x.GROUP + row
+        head = place.g * x.shape.GROUP + row
         query = _load_query(x, place.token, head, there)
         part, joined = _no_sums(x, ROWS), _no_sums(x, ROWS)
         for at in range(begin, end, KEYS):
@@ -413,8 +422,8 @@ def _decode_kernel(
                     offsets = _part_offsets(x, place, share, at // place.keys, row, num_slots)
                     tl.store(parts.maximum + offsets, part.maximum, mask=there)
                     tl.store(parts.total + offsets, part.total, mask=there)
-                    pointers = parts.weighted + offsets[:, None] * x.HEAD_SIZE + column
-                    tl.store(pointers, part.weighted, mask=there[:, None] & (column < x.HEAD_SIZE))
+                    pointers = parts.weighted + offsets[:, None] * x.shape.HEAD_SIZE + column
+                    tl.store(pointers, part.weighted, mask=there[:, None] & (column < x.shape.HEAD_SIZE))
                 else:
                     joined = _join(joined, part)
                 part = _no_sums(x, ROWS)
@@ -436,72 +445,83 @@ def _join_kernel(
     place = _find(x, unit, ends, PART, MAX_PARTS)
     if (place.begin // share == tl.program_id(0)) & _is_shared(place, share):
         row = tl.program_id(1) + tl.arange(0, 1)
-        column = tl.arange(0, x.WIDTH)[None, :]
+        column = tl.arange(0, x.shape.WIDTH)[None, :]
         sums = _no_sums(x, 1)
         for i in tl.range(place.first // place.keys, place.last // place.keys + 1, num_stages=4):
             offsets = _part_offsets(x, place, share, i, row, num_slots)
-            pointers = parts.weighted + offsets[:, None] * x.HEAD_SIZE + column
-            values = tl.load(pointers, mask=column < x.HEAD_SIZE, other=0.0)
+            pointers = parts.weighted + offsets[:, None] * x.shape.HEAD_SIZE + column
+            values = tl.load(pointers, mask=column < x.shape.HEAD_SIZE, other=0.0)
             sums = _join(sums, Sums(tl.load(parts.maximum + offsets), tl.load(parts.total + offsets), values))
-        _store_out(x, sums, place.token, place.g * x.GROUP + row, row < x.GROUP)
+        _store_out(x, sums, place.token, place.g * x.shape.GROUP + row, row < x.shape.GROUP)
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _compiled_in(window: int | None, num_kv_heads: int, group: int, head_size: int, block_size: int) -> Shape:
+    sizes = num_kv_heads, group, head_size, max(16, triton.next_power_of_2(head_size)), block_size
+    return Shape(None if window is None else tl.constexpr(window), *map(tl.constexpr, sizes))
 
 
 def paged_attention(
     query: Tensor, cache: ops.LayerCache, block_table: Tensor, query_starts: Tensor, context_lens: Tensor,
     scale: float, window: int | None = None, softcap: float | None = None, span_ends: Tensor | None = None,
 ) -> Tensor:
-    """`ops.paged_attention`. A batch of as many tokens as requests has one token of each at most."""
+    """`ops.paged_attention`. If there are as many tokens as requests, these are taken for decodes, which is right for
+    all but slow for others."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    num_tokens, num_heads, head_size = query.shape
-    num_requests, (_, block_size, num_kv_heads, _) = context_lens.shape[0], cache.key.shape
-    if num_tokens == 0 or num_requests == 0:
+    if query.shape[0] == 0 or context_lens.shape[0] == 0:
         return out
-    group = num_heads // num_kv_heads
-    inputs = Inputs(
-        out, query, query.stride(0), query.stride(1),
-        _store(cache.key), _store(cache.value),
+    _, block_size, num_kv_heads, head_size = cache.key.shape
+    x = Inputs(
+        out, query, query.stride(0), query.stride(1), _store(cache.key), _store(cache.value),
         None if cache.key_scale is None else _store(cache.key_scale),
         None if cache.value_scale is None else _store(cache.value_scale),
         block_table, block_table.stride(0), query_starts, context_lens, span_ends,
         float(scale), None if softcap is None else float(softcap),
-        WINDOW=None if window is None else tl.constexpr(window),
-        NUM_KV_HEADS=tl.constexpr(num_kv_heads), GROUP=tl.constexpr(group), HEAD_SIZE=tl.constexpr(head_size),
-        WIDTH=tl.constexpr(max(16, triton.next_power_of_2(head_size))), BLOCK_SIZE=tl.constexpr(block_size),
+        _compiled_in(window, num_kv_heads, query.shape[1] // num_kv_heads, head_size, block_size),
     )
-    requests = max(128, triton.next_power_of_2(num_requests))
-    only_decodes = num_tokens == num_requests
-    if not only_decodes:
-        tiling = chunk_tiling(head_size, group, query.dtype, shared_memory(query.device))
-        tiles = num_tokens // (tiling.rows // group) + min(num_requests, num_tokens // (FEW_ROWS + 1))
-        _chunk_kernel[(tiles * num_kv_heads,)](
-            inputs, num_requests, FEW_ROWS, requests, tiling.rows, tiling.keys,
-            num_warps=tiling.num_warps, num_stages=tiling.num_stages, **OVERLAP,
-        )
+    requests = max(128, triton.next_power_of_2(context_lens.shape[0]))
+    if query.shape[0] != context_lens.shape[0]:
+        _compute_chunks(x, requests)
+    _compute_decodes(x, requests)
+    return out
 
-    tiling = decode_tiling(head_size, group, query.dtype)
-    few_rows = num_tokens if only_decodes else FEW_ROWS
-    max_units = -(-block_table.shape[1] * block_size // PART)
-    num_programs = min(
-        min(num_tokens, num_requests * few_rows) * num_kv_heads * max_units, 2 * num_processors(query.device)
-    )
-    num_slots = min(max_units, MAX_PARTS) + 1  # the borders of a window can cut one part more
-    rows = torch.empty(num_programs, num_slots, group, head_size + 2, dtype=torch.float32, device=query.device)
-    size = num_programs * num_slots * group
-    flat = rows.view(-1)
-    parts = Sums(flat[:size], flat[size : 2 * size], flat[2 * size :])
-    sizes = PART, MAX_PARTS, requests
-    _decode_kernel[(num_programs,)](
-        inputs, parts, num_slots, num_requests, few_rows, *sizes, tiling.rows, min(tiling.keys, PART),
+
+def _compute_chunks(x: Inputs, requests: int) -> None:
+    """Requests with more than FEW_ROWS tokens; requests: the number of them, rounded up."""
+    (num_tokens, num_heads, head_size), num_requests = x.query.shape, x.context_lens.shape[0]
+    group = num_heads // x.key.numbers.shape[2]
+    tiling = chunk_tiling(head_size, group, x.query.dtype, shared_memory(x.query.device))
+    # at most: each request has one that is not full
+    tiles = num_tokens // (tiling.rows // group) + min(num_requests, num_tokens // (FEW_ROWS + 1))
+    _chunk_kernel[(tiles * (num_heads // group),)](
+        x, num_requests, FEW_ROWS, requests, tiling.rows, tiling.keys,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **OVERLAP,
     )
+
+
+def _compute_decodes(x: Inputs, requests: int) -> None:
+    """Requests with at most FEW_ROWS tokens, or all if they could have one token each."""
+    (num_tokens, num_heads, head_size), num_requests = x.query.shape, x.context_lens.shape[0]
+    num_kv_heads, device = x.key.numbers.shape[2], x.query.device
+    group = num_heads // num_kv_heads
+    tiling = decode_tiling(head_size, group, x.query.dtype)
+    few_rows = num_tokens if num_tokens == num_requests else FEW_ROWS
+    max_units = triton.cdiv(x.block_table.shape[1] * x.key.numbers.shape[1], PART)
+    most = min(num_tokens, num_requests * few_rows) * num_kv_heads * max_units
+    num_programs = min(most, 2 * num_processors(device))
+    # the borders of a window can cut one part more; a multiple of 4 keeps all addresses aligned
+    num_slots = triton.cdiv(min(max_units, MAX_PARTS) + 1, 4) * 4
+    size = num_programs * num_slots * group
+    parts = Sums(*torch.empty(size * (head_size + 2), device=device).split((size, size, size * head_size)))
+    args = x, parts, num_slots, num_requests, few_rows, PART, MAX_PARTS, requests
+    _decode_kernel[(num_programs,)](
+        *args, tiling.rows, min(tiling.keys, PART), num_warps=tiling.num_warps, num_stages=tiling.num_stages, **OVERLAP
+    )
     if max_units > 1:
-        _join_kernel[(num_programs, group)](
-            inputs, parts, num_slots, num_requests, few_rows, *sizes, num_warps=2, **OVERLAP
-        )
-    return out
+        _join_kernel[(num_programs, group)](*args, num_warps=2, **OVERLAP)
 
 
 def accepts_paged_attention(
