@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pelton.ops.cuda import few_rows
+from pelton.ops.tiles import Tiles
 from pelton.quant.codes import Codes
-from pelton.quant.tiled import Tiles, make_tiles
+from pelton.quant.tiled import make_tiles
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 

@@ -6,13 +6,17 @@ import logging
 from typing import Protocol
 
 from pelton.engine.scheduler import Scheduler
-from pelton.engine.step import Chunk, EngineRequest, StepPlan, StepResult, Update
+from pelton.engine.step import Chunk, EngineRequest, Started, StepPlan, StepResult, Update
 
 logger = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
-    """What computes a plan. Running the same plan twice must give the same result and leave the same state."""
+    """What computes a plan. Running the same plan twice must give the same result and leave the same state.
+
+    A runner that can begin a step before the one before has ended also has start(plan) -> Started | None: None where a
+    result is needed at once, and run() is to be called.
+    """
 
     def run(self, plan: StepPlan) -> StepResult: ...
 
@@ -23,6 +27,7 @@ class EngineCore:
     def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self._ahead: tuple[StepPlan, Started | None] | None = None  # a step that is planned, and perhaps has begun
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. Raises RequestError if it can never run, OverloadedError if the queue is full."""
@@ -38,9 +43,33 @@ class EngineCore:
 
     def step(self) -> list[Update]:
         """Compute one batch: at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests."""
-        plan = self.scheduler.schedule()
-        result = run_isolated(self.runner, plan)
+        plan, started = self._ahead or self._begin(self.scheduler.schedule())
+        self._ahead = None
+        if started is None:
+            return self.scheduler.commit(plan, run_isolated(self.runner, plan))
+        # While the step runs, the next one is planned, and begun behind it on the device.
+        next_plan = self.scheduler.schedule_ahead(plan)
+        if next_plan is not None:
+            self._ahead = self._begin(next_plan)
+        try:
+            result = started.finish()
+        except Exception:  # a kernel failed, and what was begun behind it is void
+            logger.debug("step %d failed", plan.step_id, exc_info=True)
+            if next_plan is not None:
+                self._ahead = next_plan, None
+            result = run_isolated(self.runner, plan)
         return self.scheduler.commit(plan, result)
+
+    def _begin(self, plan: StepPlan) -> tuple[StepPlan, Started | None]:
+        """Begin a step if the runner can; it is run later where that fails."""
+        start = getattr(self.runner, "start", None)
+        if start is None or not plan.chunks:
+            return plan, None
+        try:
+            return plan, start(plan)
+        except Exception:  # it will fail again when it is run, where the requests that are at fault are found
+            logger.debug("step %d could not be begun", plan.step_id, exc_info=True)
+            return plan, None
 
 
 def run_isolated(runner: Runner, plan: StepPlan) -> StepResult:

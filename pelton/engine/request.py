@@ -49,6 +49,21 @@ class Request:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def needs_results(self) -> bool:
+        """Whether a token must be known before work for the next can be prepared."""
+        params = self.spec.params
+        penalises = params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty
+        return bool(
+            penalises or self.spec.grammar is not None or self.spec.bad_words_token_ids or params.min_tokens
+            or params.logits_processors or params.thinking_token_budget is not None
+            or params.prompt_logprobs is not None
+        )
+
+    def ends_at(self, num_tokens: int) -> bool:
+        """Whether the request has ended, whatever its tokens are, when it has so many."""
+        return num_tokens - self.num_prompt >= self.max_tokens or num_tokens >= self.max_model_len
+
+    @property
     def max_prefix(self) -> int:
         """Tokens that may come from the prefix cache: one at least is computed, and so is each prompt position
         before an entry of `prompt_logprobs` that is still to come."""
@@ -77,7 +92,7 @@ class Request:
             newest = self.token_ids[-1]
             if newest in (params.stop_token_ids or ()):
                 return "stop", newest
-        if self.num_output >= self.max_tokens or len(self.token_ids) >= self.max_model_len:
+        if self.ends_at(len(self.token_ids)):
             return "length", None
         if params.repetition_detection and self.num_output >= params.min_tokens and self._repeats():
             return "repetition", None

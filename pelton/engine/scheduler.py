@@ -9,8 +9,7 @@ one that ranks below it, and a request that was preempted is the next of its pri
 A waiting request does not preempt a running one, whatever its priority: it gets the next place that is free.
 
 commit() goes by the plan it is given and skips requests that have ended meanwhile, and a block that is given back
-is written again only by a later plan. So a loop may come to plan step n + 1 while step n runs; it would then count
-scheduled tokens apart from computed ones.
+is written again only by a later plan. So a loop may plan step n + 1 while step n runs (schedule_ahead).
 """
 
 from __future__ import annotations
@@ -140,6 +139,30 @@ class Scheduler:
         gone, self._gone = tuple(self._gone), []
         self._count(chunks)
         return StepPlan(self._num_steps, tuple(new), tuple(chunks), gone)
+
+    def schedule_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The plan after one that still runs: the token behind it of each of its requests that will not have ended then
+        for certain. One that ends unexpectedly is computed in vain. None if that needs results of `plan`, or if other
+        requests are to be served.
+        """
+        live = [(request, chunk) for chunk in plan.chunks if (request := self._requests.get(chunk.request_id))]
+        can_admit = self._waiting and len(self._running) < self._max_running
+        if can_admit or len(live) != len(self._running):
+            return None
+        if any(not chunk.sample or request.needs_results for request, chunk in live):
+            return None
+        starts = [(request, chunk.start + chunk.num_tokens) for request, chunk in live]
+        starts = [(request, start) for request, start in starts if not request.ends_at(start + 1)]
+        if not starts or sum(request.kv.num_missing(start + 1) for request, start in starts) > self._pool.num_free:
+            return None
+        chunks = []
+        for request, start in starts:
+            request.kv.grow(start + 1)
+            first = start // self._cache.block_size
+            chunks.append(Chunk(request.request_id, start, 1, first, request.kv.entries(first), sample=True))
+        gone, self._gone = tuple(self._gone), []
+        self._count(chunks)
+        return StepPlan(self._num_steps, (), tuple(chunks), gone)
 
     def _count(self, chunks: list[Chunk]) -> None:
         self._num_steps += 1

@@ -8,6 +8,7 @@ All are plain data. Positions count tokens of one request from 0: prompt first, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from pelton.types import SamplingParams
 
@@ -75,6 +76,13 @@ class StepResult:
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """For a chunk of the prompt at positions s..e-1, the entries of prompt positions s+1..min(e, P-1)."""
     errors: dict[int, str] = field(default_factory=dict)  # this request cannot go on; one line why
+
+
+class Started(Protocol):
+    """A step that a runner has begun."""
+
+    def finish(self) -> StepResult:
+        """Wait for its result."""
 
 
 @dataclass(slots=True)

@@ -8,15 +8,17 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pelton.ops.cuda import few_rows, rows
+from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 from pelton.quant import CODED
 from pelton.quant.codes import Codes
 from pelton.quant.layout import Blocks, Codebook4, Dense, Int, LinearWeight, Stack
-from pelton.quant.tiled import COLUMNS, ROWS, Tiles, make_tiles
+from pelton.quant.tiled import make_tiles
 
 MAX_DENSE_ROWS = 4  # more are multiplied as fast by torch
 
@@ -177,13 +179,15 @@ TENSORS = ("codes", "scales", "mins", "supers", "super_mins")
 
 def _rows(blocks: Codes, num_rows: int) -> Codes:
     """Blocks as the rows of a weight."""
-    return replace(blocks, **{name: part.reshape(num_rows, -1) for name, part in _tensors(blocks).items()})
+    parts: dict[str, Any] = {name: part.reshape(num_rows, -1) for name, part in _tensors(blocks).items()}
+    return replace(blocks, **parts)
 
 
 def _concatenate(weights: Sequence[Codes]) -> Codes:
     """Weights one below the other as one."""
     all_parts = [_tensors(weight) for weight in weights]
-    return replace(weights[0], **{name: torch.cat([parts[name] for parts in all_parts]) for name in all_parts[0]})
+    joined: dict[str, Any] = {name: torch.cat([parts[name] for parts in all_parts]) for name in all_parts[0]}
+    return replace(weights[0], **joined)
 
 
 def _tensors(codes: Codes) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Weights on a GPU in the order that its kernel for few rows reads them (ops/cuda/few_rows.cu), at file precision.
+"""Weights on a GPU in the order that its kernel for few rows reads them, at file precision.
 
 Tiles of 16 rows and 64 columns. Lane 4 g + t of a warp has rows g and g + 8, and four columns for each of the tile's
 four matrix products: all codes of a lane lie together, pairs of columns in the halves of 32-bit words.
@@ -6,32 +6,13 @@ four matrix products: all codes of a lane lie together, pairs of columns in the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 from pelton.quant.codes import Codes
 
-ROWS, COLUMNS = 16, 64
 CHUNK = 1 << 24  # codes packed at once
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Packed codes [N, K]."""
-
-    shape: tuple[int, int]
-    bits: int
-    group: int  # columns that share a scale: 16, 32, or a multiple of 64
-    zero: int
-    scale_bits: int  # 16 or 32: floats; 8: multiples of `supers`
-    has_min: bool
-    codes: Tensor  # uint8: 4 bits (or 8, or the lower 2) of each code
-    more: Tensor  # uint8: the higher bits
-    scales: Tensor  # uint8: [N / 16, groups, 8 rows, (row, row + 8), (scale, minimum)]
-    supers: Tensor  # float16, likewise for every 256 columns; or empty
-    values: Tensor  # float32 [16], where codes are indices; or empty
 
 
 def make_tiles(parts: Codes) -> Tiles:

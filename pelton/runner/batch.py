@@ -25,41 +25,46 @@ class Inputs:
     query_starts: Tensor  # [R + 1]
     context_lens: Tensor  # [R]
     sampled_rows: Tensor  # [R]: tokens whose logits are sampled
+    previous_rows: Tensor  # [R]: which sample of the step before is the token, where that is not known yet
     groups: list[GroupSlots]
 
     @classmethod
     def make(cls, max_tokens: int, max_requests: int, max_blocks: int, num_groups: int, device: torch.device) -> Inputs:
         """Zeros; on the host in memory that a GPU reads (for `device` "cuda": there)."""
-        sizes = [max_tokens, max_tokens, max_requests + 1, max_requests, max_requests, *[max_tokens] * num_groups]
+        sizes = [max_tokens, max_tokens, max_requests + 1, *[max_requests] * 3, *[max_tokens] * num_groups]
         num_tables = max_requests * num_groups * max_blocks
         is_pinned = device.type == "cpu" and torch.cuda.is_available()
         memory = torch.zeros(sum(sizes) + num_tables, dtype=torch.int64, device=device, pin_memory=is_pinned)
-        *parts, tables = memory.split([*sizes, num_tables])
+        *parts, tables = torch.split(memory, [*sizes, num_tables])
         tables = tables.view(max_requests, num_groups, max_blocks)
-        groups = [GroupSlots(slots, tables[:, i]) for i, slots in enumerate(parts[5:])]
-        return cls(memory, *parts[:5], groups)
+        groups = [GroupSlots(slots, tables[:, i]) for i, slots in enumerate(parts[6:])]
+        token_ids, positions, query_starts, context_lens, sampled_rows, previous_rows = parts[:6]
+        return cls(memory, token_ids, positions, query_starts, context_lens, sampled_rows, previous_rows, groups)
 
     def size(self, num_requests: int) -> int:
         """How much of the memory holds what is needed of so many requests."""
         tables = self.groups[0].block_table
-        return tables.storage_offset() + num_requests * tables.stride(0)
+        return int(tables.storage_offset()) + num_requests * tables.stride(0)
 
 
 class BatchBuffers:
-    """The memory of a step's inputs, filled anew for each step, always in the same place: a captured forward pass reads
-    it there. Tokens and requests beyond a step's own are left over from earlier ones; no request owns them."""
+    """The memory of a step's inputs, filled anew for each step, always in the same place on the device: a captured forward
+    pass reads it there. Tokens and requests beyond a step's own are left over from earlier ones; no request owns them."""
 
     def __init__(self, kv: KVCache, max_tokens: int, max_requests: int, max_blocks: int) -> None:
         """max_blocks: the longest block table of a request."""
         self.kv = kv
         self.max_tokens, self.max_requests, self.max_blocks = max_tokens, max_requests, max_blocks
         sizes = max_tokens, max_requests, max_blocks, len(kv.groups)
-        self.host = Inputs.make(*sizes, torch.device("cpu"))
-        self.device = self.host if kv.device.type == "cpu" else Inputs.make(*sizes, kv.device)
+        self.host = self._other = Inputs.make(*sizes, torch.device("cpu"))
+        self.device = self.host
+        if kv.device.type != "cpu":  # while one is on its way to the device, the other is filled
+            self.device, self._other = Inputs.make(*sizes, kv.device), Inputs.make(*sizes, torch.device("cpu"))
 
     def fill(self, chunks: Sequence[Chunk], states: Sequence[RequestState]) -> tuple[int, list[int]]:
         """Write the chunks, in their order; `states` are those of the chunks' requests. Returns the number of tokens
         and where each chunk starts (and the last ends)."""
+        self.host, self._other = self._other, self.host
         token_ids: list[int] = []
         positions: list[int] = []
         starts, context_lens = [0], []

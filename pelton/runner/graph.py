@@ -73,10 +73,15 @@ class Graphs(Captured):
     def takes(self, chunks: Sequence[Chunk]) -> bool:
         return all(chunk.num_tokens == 1 and chunk.sample for chunk in chunks)
 
-    def run(self, num_tokens: int, num_sampled: int) -> tuple[Tensor, Tensor]:
+    def run(self, num_tokens: int, num_sampled: int, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """previous: the samples of the step before, int64, of which the tokens are `previous_rows`."""
         size = self._sizes[bisect_left(self._sizes, num_tokens)]
         self.buffers.clear_slots(num_tokens, size)
         self.buffers.upload(num_tokens)
+        if previous is not None:
+            inputs = self.buffers.device
+            known = previous.index_select(0, inputs.previous_rows[:num_tokens])
+            torch.clamp(known, min=0, out=inputs.token_ids[:num_tokens])  # codes in place of tokens end their requests
         graph, hidden, logits = self._captured[size]
         graph.replay()
         return hidden[:num_tokens], logits[:num_sampled]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from pelton import ops
 from pelton.config import EngineConfig
-from pelton.engine.step import Chunk, StepPlan, StepResult, TokenLogprobs
+from pelton.engine.step import Chunk, Started, StepPlan, StepResult, TokenLogprobs
 from pelton.models import Model
 from pelton.ops import gpu
 from pelton.ops.native import native
@@ -20,7 +20,7 @@ from pelton.runner.graph import Captured, Graphs, Programs
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.logprobs import NON_FINITE, token_logprobs
 from pelton.runner.requests import RequestState, RequestTable
-from pelton.runner.sampler import Sampler
+from pelton.runner.sampler import Sample, Sampler
 
 LOGITS_ROWS = 256  # rows of prompt logits made at once: 256 x 262,144 float32 are 268 MB
 
@@ -39,6 +39,7 @@ class ModelRunner:
         max_blocks = -(-limits.max_model_len // kv.block_size)
         self.buffers = BatchBuffers(kv, limits.max_num_batched_tokens, limits.max_num_seqs, max_blocks)
         self.graph: Captured | None = None
+        self._newest: tuple[Tensor, dict[int, int]]  # samples of the newest step, on the device, and their requests
         self.why_eager = ""  # a line for a person, where steps run eagerly but need not have
         if not config.device.enforce_eager:
             self._capture()
@@ -78,6 +79,42 @@ class ModelRunner:
             self._sample(logits, [plan.chunks[i] for i in sampled], [states[i] for i in sampled], result)
         return result
 
+    @torch.inference_mode()
+    def start(self, plan: StepPlan) -> Started | None:
+        """Begin a plan on a GPU, perhaps while the one before still runs. None where its result is needed at once."""
+        if not isinstance(self.graph, Graphs) or not all(chunk.sample for chunk in plan.chunks):
+            return None
+        states = self.requests.update(plan)
+        if any(state.needs_results for state in states):
+            return None
+        previous = self._claim_tokens(plan.chunks, states)
+        if self.graph.takes(plan.chunks):
+            num_tokens, _ = self.graph.buffers.fill(plan.chunks, states)
+            if previous is not None:
+                self.graph.buffers.host.previous_rows.numpy()[:num_tokens] = previous[1]
+            _, logits = self.graph.run(num_tokens, num_tokens, None if previous is None else previous[0])
+        elif previous is None:
+            num_tokens, starts = self.buffers.fill(plan.chunks, states)
+            self.buffers.host.sampled_rows.numpy()[: len(states)] = [end - 1 for end in starts[1:]]
+            _, logits = self._forward(num_tokens, len(states), len(states))
+        else:
+            return None
+        token_ids, wait = self.sampler.start(states, logits)
+        self._newest = token_ids, {chunk.request_id: i for i, chunk in enumerate(plan.chunks)}
+        return _Started(plan, states, wait)
+
+    def _claim_tokens(
+        self, chunks: Sequence[Chunk], states: Sequence[RequestState]
+    ) -> tuple[Tensor, list[int]] | None:
+        """Where tokens are not known yet: the samples on the device of the step that runs, and the row of each token."""
+        if all(len(state.token_ids) > chunk.start for chunk, state in zip(chunks, states, strict=True)):
+            return None
+        token_ids, rows = self._newest
+        for chunk, state in zip(chunks, states, strict=True):
+            if len(state.token_ids) == chunk.start:
+                state.token_ids.append(0)  # stands for it; what is counted is right
+        return token_ids, [rows[chunk.request_id] for chunk in chunks]
+
     def _forward(self, num_tokens: int, num_requests: int, num_sampled: int) -> tuple[Tensor, Tensor]:
         """Hidden states [T, d_model] of what was filled in, and the logits [M, V] of its sampled rows."""
         self.buffers.upload(num_requests)
@@ -90,18 +127,7 @@ class ModelRunner:
         self, logits: Tensor, chunks: list[Chunk], states: list[RequestState], result: StepResult
     ) -> None:
         """Sample the next token of each chunk, but of those that have failed."""
-        samples = self.sampler(states, logits)
-        for chunk, state, sample in zip(chunks, states, samples, strict=True):
-            if chunk.request_id in result.errors:
-                continue
-            if isinstance(sample, str):
-                result.errors[chunk.request_id] = sample
-                continue
-            token_id, logprobs = sample
-            state.append(chunk, token_id)
-            result.token_ids[chunk.request_id] = token_id
-            if logprobs is not None:
-                result.logprobs[chunk.request_id] = logprobs
+        _note(self.sampler(states, logits), chunks, states, result)
 
     def _score_prompt(self, hidden: Tensor, chunk: Chunk, state: RequestState, result: StepResult) -> None:
         """Log-probabilities of the prompt's tokens that the chunk's hidden states predict."""
@@ -119,3 +145,37 @@ class ModelRunner:
                 return
             entries += scored
         result.prompt_logprobs[chunk.request_id] = entries
+
+
+class _Started:
+    """A step that runs on a GPU."""
+
+    def __init__(
+        self, plan: StepPlan, states: Sequence[RequestState], wait: Callable[[], list[Sample | str]]
+    ) -> None:
+        self._plan = plan
+        self._states = states
+        self._wait = wait
+
+    def finish(self) -> StepResult:
+        """Wait for its result."""
+        result = StepResult(self._plan.step_id)
+        _note(self._wait(), self._plan.chunks, self._states, result)
+        return result
+
+
+def _note(
+    samples: Sequence[Sample | str], chunks: Sequence[Chunk], states: Sequence[RequestState], result: StepResult
+) -> None:
+    """Add what was sampled to the requests' tokens and to the result, but of requests that have failed."""
+    for chunk, state, sample in zip(chunks, states, samples, strict=True):
+        if chunk.request_id in result.errors:
+            continue
+        if isinstance(sample, str):
+            result.errors[chunk.request_id] = sample
+            continue
+        token_id, logprobs = sample
+        state.append(chunk, token_id)
+        result.token_ids[chunk.request_id] = token_id
+        if logprobs is not None:
+            result.logprobs[chunk.request_id] = logprobs

@@ -24,6 +24,13 @@ class RequestState:
         )
 
     @property
+    def needs_results(self) -> bool:
+        """Whether its newest token must be known before it can be sampled for again."""
+        params = self.request.params
+        penalises = params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty
+        return bool(self.is_constrained or penalises or params.prompt_logprobs is not None)
+
+    @property
     def output_ids(self) -> list[int]:
         """What was sampled so far."""
         return self.token_ids[self.num_prompt :]

@@ -7,12 +7,12 @@ budget, logits processors) is said in a Constraint, and only for requests that a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
 from pelton.engine.step import TokenLogprobs
-from pelton.ops.sampling import NO_TOKEN_LEFT, NOT_FINITE, Constraint, SampleRow, adjust, mix, sample
+from pelton.ops.sampling import NO_TOKEN_LEFT, NOT_FINITE, Constraint, SampleRow, Scores, adjust, mix, sample
 from pelton.runner.grammar import GrammarError, Grammars
 from pelton.runner.logprobs import NON_FINITE
 from pelton.runner.requests import RequestState
@@ -40,6 +40,22 @@ class Sampler:
 
     def __call__(self, states: Sequence[RequestState], logits: Tensor) -> list[Sample | str]:
         """For each request's logits [M, V] float32: the token and the logprobs asked for, or why there is none."""
+        rows, constraints, faults = self._prepare(states, logits)
+        return _samples(*sample(logits, rows, constraints), faults)
+
+    def start(self, states: Sequence[RequestState], logits: Tensor) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
+        """The same on a GPU, without waiting: the token ids there (or codes in their place), and a function that waits
+        for what is returned else."""
+        from pelton.ops.cuda.sampling import start_sample  # its kernels need Triton
+
+        rows, constraints, faults = self._prepare(states, logits)
+        pending = start_sample(logits, rows, constraints)
+        return pending.token_ids_on_device, lambda: _samples(*pending.fetch(), faults)
+
+    def _prepare(
+        self, states: Sequence[RequestState], logits: Tensor
+    ) -> tuple[list[SampleRow], dict[int, Constraint], dict[int, str]]:
+        """What the op is given, and the requests that cannot be held to what they ask for."""
         rows = [state.row or self._start(state, logits.shape[1]) for state in states]
         constraints: dict[int, Constraint] = {}
         faults: dict[int, str] = {}
@@ -49,16 +65,7 @@ class Sampler:
                     constraints[i] = self._constrain(state, rows[i], logits[i])
                 except (GrammarError, ConstraintError) as error:
                     faults[i] = str(error)
-        token_ids, scores = sample(logits, rows, constraints)
-        samples: list[Sample | str] = []
-        for i, token_id in enumerate(token_ids):
-            if token_id == NOT_FINITE:
-                samples.append(NON_FINITE)
-            elif token_id == NO_TOKEN_LEFT or i in faults:
-                samples.append(faults.get(i, NO_CHOICE))
-            else:
-                samples.append((token_id, TokenLogprobs(*scores[i]) if i in scores else None))
-        return samples
+        return rows, constraints, faults
 
     def _start(self, state: RequestState, vocab_size: int) -> SampleRow:
         """What a request's tokens are chosen by, noted at its first."""
@@ -101,6 +108,18 @@ class Sampler:
                 raise RuntimeError("this engine was built without grammars")
             state.grammar = self.grammars.start(state.request.grammar, vocab_size)
         return state.grammar.mask(state.output_ids)
+
+
+def _samples(token_ids: list[int], scores: dict[int, Scores], faults: dict[int, str]) -> list[Sample | str]:
+    samples: list[Sample | str] = []
+    for i, token_id in enumerate(token_ids):
+        if token_id == NOT_FINITE:
+            samples.append(NON_FINITE)
+        elif token_id == NO_TOKEN_LEFT or i in faults:
+            samples.append(faults.get(i, NO_CHOICE))
+        else:
+            samples.append((token_id, TokenLogprobs(*scores[i]) if i in scores else None))
+    return samples
 
 
 def _num_top(params: SamplingParams, vocab_size: int) -> int:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pelton.ops.tiles import Tiles
 from pelton.quant.codes import Codes
-from pelton.quant.tiled import Tiles, make_tiles
+from pelton.quant.tiled import make_tiles
 
 
 def read(tiles: Tiles) -> Tensor:

