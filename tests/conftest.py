@@ -42,7 +42,7 @@ def _seed() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512_vnni", "avx512_bf16"])
+@pytest.fixture(params=["generic", "avx2", "avx512_vnni", "avx512_bf16", "neon", "neon_i8mm"])
 def cpu(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The extension module, switched to each instruction set in turn."""
     from pelton.ops.native import native, reason

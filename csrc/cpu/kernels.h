@@ -193,6 +193,10 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_vnni_kernels;
 extern const Kernels avx512_bf16_kernels;
 #endif
+#ifdef PELTON_ARM
+extern const Kernels neon_kernels;
+extern const Kernels neon_i8mm_kernels;
+#endif
 
 // The tables this processor can run, best first, ended by nullptr; decided once.
 const Kernels* const* supported_kernels();

@@ -7,6 +7,9 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#ifdef PELTON_NEON  // asked for by name: a compiler for Apple silicon has it switched on in every file
+#include <arm_neon.h>
+#endif
 
 #include "../kernels.h"
 
@@ -17,6 +20,8 @@ namespace {
 #include "simd_avx512.inl"
 #elif defined(__AVX2__)
 #include "simd_avx2.inl"
+#elif defined(PELTON_NEON)
+#include "simd_neon.inl"
 #else
 #include "simd_generic.inl"
 #endif

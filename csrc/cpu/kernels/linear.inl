@@ -7,7 +7,7 @@
 constexpr size_t block_columns = 32;
 #if defined(__AVX512F__)
 constexpr int max_group = 6, code_tiles = 2, number_tiles = 4;  // 24 of 32 registers are sums
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) || defined(PELTON_NEON)
 constexpr int max_group = 3, code_tiles = 1, number_tiles = 1;
 #else
 constexpr int max_group = 2, code_tiles = 1, number_tiles = 1;

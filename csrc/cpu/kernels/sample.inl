@@ -97,10 +97,11 @@ inline size_t add_larger(Candidate* items, size_t count, const float* x, size_t 
     return count;
 }
 
-// The order of candidates.
-inline bool is_before(const Candidate& a, const Candidate& b) {
+// The order of candidates. Of a type that only this instruction set has: the linker would merge the functions that the
+// standard library makes for a common one.
+constexpr auto is_before = [](const Candidate& a, const Candidate& b) {
     return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
-}
+};
 
 // The k most likely tokens above minus infinity, in any order; returns how many there are.
 inline size_t most_likely(Candidate* items, const float* x, size_t vocab, size_t k) {

@@ -1,5 +1,5 @@
 // The vocabulary all kernels are written in: registers of sixteen lanes, whatever the processor calls them. Each
-// isa_*.cpp chooses one of simd_generic.inl, simd_avx2.inl and simd_avx512.inl before it includes the kernels.
+// isa_*.cpp chooses one of the files simd_*.inl before it includes the kernels.
 //
 //   F32    16 float32                 f_load, f_store, f_add ...; f_fma(a, b, c) = a b + c
 //   I32    16 int32                   i_set1, i_dot

@@ -35,8 +35,15 @@ inline F32 f_add(const F32& x, const F32& y) { return {x.v + y.v}; }
 inline F32 f_sub(const F32& x, const F32& y) { return {x.v - y.v}; }
 inline F32 f_mul(const F32& x, const F32& y) { return {x.v * y.v}; }
 inline F32 f_div(const F32& x, const F32& y) { return {x.v / y.v}; }
-// Rounded twice: a fused one is a slow call where the processor has none.
+// Rounded twice: a fused one is a slow call where the processor has none. All other sets fuse; with PELTON_FUSED this
+// one gives their bits (tests/csrc/fused.cpp).
+#ifdef PELTON_FUSED
+inline F32 f_fma(const F32& x, const F32& y, const F32& z) {
+    return f_each([&](int i) { return std::fma(x.v[i], y.v[i], z.v[i]); });
+}
+#else
 inline F32 f_fma(const F32& x, const F32& y, const F32& z) { return {x.v * y.v + z.v}; }
+#endif
 inline F32 f_max(const F32& x, const F32& y) { return {x.v > y.v ? x.v : y.v}; }
 inline F32 f_min(const F32& x, const F32& y) { return {x.v < y.v ? x.v : y.v}; }
 inline F32 f_abs(const F32& x) { return {Floats(Words(x.v) & 0x7fffffffu)}; }
