@@ -23,7 +23,8 @@ from pelton.runner.model_runner import ModelRunner
 from pelton.text.tokenizer import load_tokenizer
 from pelton.types import OnProgress
 from pelton.weights import hub
-from pelton.weights.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
+from pelton.weights.checkpoint import Checkpoint, open_checkpoint
+from pelton.weights.dummy import LAYOUTS, DummyCheckpoint
 from pelton.weights.files import NO_WEIGHTS, ModelFiles, bytes_in_memory, open_model, weight_bytes
 
 
@@ -39,7 +40,8 @@ def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Eng
         raise ModelNotFoundError(f"{path} holds no weights: {NO_WEIGHTS}; for random ones use --load-format dummy")
     if args.load_format not in ("auto", "dummy", files.format):
         raise ConfigError(f"--load-format {args.load_format}: {args.model} is {files.format}; leave the flag out")
-    if args.quantization not in (None, "auto", "none", files.format):
+    is_dummy_layout = args.load_format == "dummy" and args.quantization in LAYOUTS
+    if args.quantization not in (None, "auto", "none", files.format) and not is_dummy_layout:
         raise ConfigError(
             f"--quantization {args.quantization}: {args.model} is not stored so, and this version does not quantise "
             "while loading; leave the flag out, or use a checkpoint in that format"
@@ -72,7 +74,8 @@ def _open_checkpoint(
     device, dtype = torch.device(config.device.kind), getattr(torch, config.model.dtype)
     activations = config.device.activations
     if args.load_format == "dummy":
-        return DummyCheckpoint(files.config, dtype, device, args.seed, activations=activations)
+        layout = args.quantization if args.quantization in LAYOUTS else None
+        return DummyCheckpoint(files.config, dtype, device, args.seed, activations=activations, layout=layout)
     return open_checkpoint(files, dtype, device, on_progress, activations)
 
 

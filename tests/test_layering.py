@@ -24,7 +24,7 @@ LAYERS = [
     ["pelton.runner"],
     ["pelton.models"],
     ["pelton.layers"],
-    ["pelton.quant", "pelton.weights.checkpoint"],
+    ["pelton.quant", "pelton.weights.checkpoint", "pelton.weights.dummy"],
     ["pelton.weights"],
     ["pelton.ops"],
     ["pelton.engine.step"],  # the records that cross between engine and runner

@@ -36,6 +36,7 @@ class FakeRunner:
 
     def __post_init__(self) -> None:
         self._requests: dict[int, _State] = {}
+        self._failed: set[int] = set()
         self._slots: list[Entry | None] = [None] * (self.cache.num_blocks * self.cache.block_size)
 
     @property
@@ -61,6 +62,8 @@ class FakeRunner:
     def _write(self, chunk: Chunk) -> None:
         state, size = self._requests[chunk.request_id], self.cache.block_size
         end = chunk.start + chunk.num_tokens
+        if chunk.request_id in self._failed:  # planned before that was known: computed in vain
+            state.token_ids += [-1] * (end - len(state.token_ids))
         if end > len(state.token_ids):
             self.faults.append(f"request {chunk.request_id}: {end} tokens planned, {len(state.token_ids)} known")
         for group, (table, entries) in enumerate(zip(state.tables, state.entries, strict=True)):
@@ -91,9 +94,11 @@ class FakeRunner:
         params, num_prompt = state.spec.params, len(state.spec.prompt_token_ids)
         seen = [self._read(chunk, group) for group in range(len(self.cache.groups))]
         if request_id in self.raises:
+            self._failed.add(request_id)
             raise RuntimeError(f"injected failure of request {request_id}")
         if request_id in self.errors:
             result.errors[request_id] = self.errors[request_id]
+            self._failed.add(request_id)
             return
         end = chunk.start + chunk.num_tokens
         if params.prompt_logprobs is not None:

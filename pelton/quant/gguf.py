@@ -1,8 +1,9 @@
 """The block formats of GGUF (ggml/src/ggml-common.h and ggml-quants.c of llama.cpp define them).
 
 A row of K weights is cut into blocks of 32 (the older formats) or 256 (the "K" formats and IQ4_XS). Each function
-here takes blocks as bytes, uint8 [B, bytes of a block]. Plain numbers are returned as the weights, float32 [B, weights of
-a block]; of the other formats the parts of the blocks, whose `weights()` they are. Multi-byte numbers are little-endian.
+here takes blocks as bytes, uint8 [B, bytes of a block]. Plain numbers are returned as the weights, float32 [B, weights
+of a block]; of the other formats the parts of the blocks, whose `weights()` they are. Multi-byte numbers are
+little-endian.
 """
 
 from __future__ import annotations

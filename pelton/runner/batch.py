@@ -48,8 +48,9 @@ class Inputs:
 
 
 class BatchBuffers:
-    """The memory of a step's inputs, filled anew for each step, always in the same place on the device: a captured forward
-    pass reads it there. Tokens and requests beyond a step's own are left over from earlier ones; no request owns them."""
+    """The memory of a step's inputs, filled anew for each step, always in the same place on the device: a captured
+    forward pass reads it there. Tokens and requests beyond a step's own are left over from earlier ones; no request
+    owns them."""
 
     def __init__(self, kv: KVCache, max_tokens: int, max_requests: int, max_blocks: int) -> None:
         """max_blocks: the longest block table of a request."""

@@ -106,7 +106,7 @@ class ModelRunner:
     def _claim_tokens(
         self, chunks: Sequence[Chunk], states: Sequence[RequestState]
     ) -> tuple[Tensor, list[int]] | None:
-        """Where tokens are not known yet: the samples on the device of the step that runs, and the row of each token."""
+        """Where tokens are not known yet: the samples of the step that runs, on the device, and each token's row."""
         if all(len(state.token_ids) > chunk.start for chunk, state in zip(chunks, states, strict=True)):
             return None
         token_ids, rows = self._newest

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -170,50 +168,18 @@ class Checkpoint:
         return decode(stored, dtype, self.device, interleaved_heads)
 
 
-def _pack_on_gpu(weight: LinearWeight, dtype: torch.dtype) -> LinearWeight:
-    from pelton.quant.gpu import pack as pack_on_gpu  # its kernels need Triton
-
-    return pack_on_gpu(weight, dtype)
-
-
-class DummyCheckpoint(Checkpoint):
-    """Has every tensor that is asked for: random, the same for the same name, shape and seed."""
-
-    def __init__(
-        self, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int = 0, scale: float = 0.02,
-        activations: str = "fp32",
-    ) -> None:
-        super().__init__(config, dtype, device, {}, activations=activations)
-        self.num_weights = 0  # of what was asked for, here or through a view
-        self._counter = self
-        self._seed = seed
-        self._scale = scale
-
-    def has(self, name: str) -> bool:
-        return True
-
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """Normal with deviation `scale`; around 1 for norms."""
-        name = self._full(name)
-        self._counter.num_weights += math.prod(shape)
-        if self.device.type == "meta":
-            return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
-        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
-        values = torch.randn(shape, generator=generator, device=self.device) * self._scale
-        if "norm" in name:
-            values += 1
-        return values.to(self.device, dtype or self.dtype)
-
-    def linear(self, name: str, shape: tuple[int, int]) -> LinearWeight:
-        return Dense(self.tensor(name, shape))
-
-
 def open_checkpoint(
     files: ModelFiles, dtype: torch.dtype, device: torch.device, on_progress: OnProgress | None = None,
     activations: str = "fp32",
 ) -> Checkpoint:
     """The checkpoint of a model on disk; `on_progress` is called after each tensor."""
     return Checkpoint(files.config, dtype, device, files.tensors, files.gguf_architecture, on_progress, activations)
+
+
+def _pack_on_gpu(weight: LinearWeight, dtype: torch.dtype) -> LinearWeight:
+    from pelton.quant.gpu import pack as pack_on_gpu  # its kernels need Triton
+
+    return pack_on_gpu(weight, dtype)
 
 
 def decode(stored: StoredTensor, dtype: torch.dtype, device: torch.device, interleaved_heads: int = 0) -> Tensor:

@@ -69,8 +69,8 @@ class ModelFiles:
 
 
 def open_model(path: Path) -> ModelFiles:
-    """Open a .gguf file, or a folder that holds config.json and safetensors, or one GGUF. A folder that holds config.json
-    alone will do for random weights.
+    """Open a .gguf file, or a folder that holds config.json and safetensors, or one GGUF. A folder that holds
+    config.json alone will do for random weights.
 
     Raises ModelNotFoundError if there is nothing, ModelFormatError if it is not a model that can be read.
     """

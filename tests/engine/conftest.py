@@ -56,7 +56,12 @@ class Engine:
         max_waiting: int = 100,
         max_model_len: int = 128,
         chunked: bool = True,
+        plans_ahead: bool = False,
     ) -> None:
+        """plans_ahead: a step is planned while the one before runs, where that can be."""
+        self.plans_ahead = plans_ahead
+        self.next_plan: StepPlan | None = None
+        self.num_ahead = 0  # steps planned so
         groups = tuple(KVGroup(window, (layer,)) for layer, window in enumerate(windows))
         self.cache = CacheConfig(block_size, num_blocks, groups, caching)
         self.config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_waiting, max_model_len, chunked)
@@ -79,10 +84,15 @@ class Engine:
     def step(self, while_running: Callable[[], None] = lambda: None) -> StepPlan:
         """One step, with everything checked; `while_running` is called between schedule() and commit()."""
         stats = self.scheduler.stats()
-        plan = self.scheduler.schedule()
+        plan = self.next_plan or self.scheduler.schedule()
+        self.next_plan = None
         assert plan.chunks or not stats.num_running + stats.num_waiting, "a step without progress"
         self._check_plan(plan)
         self.scheduler.check()
+        if self.plans_ahead:
+            self.next_plan = self.scheduler.schedule_ahead(plan)
+            self.num_ahead += self.next_plan is not None
+            self.scheduler.check()
         while_running()
         result = run_isolated(self.runner, plan)
         assert not self.runner.faults, self.runner.faults
@@ -94,7 +104,7 @@ class Engine:
 
     def finish(self) -> dict[int, Story]:
         """Step until nothing is left to do; everything must be given back."""
-        while self.scheduler.has_work():
+        while self.scheduler.has_work() or self.next_plan is not None:
             self.step()
         self.step()  # tells the runner who is gone
         assert not self.runner.request_ids, "the runner keeps state of requests that ended"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from pelton.config import CacheConfig, KVGroup, SchedulerConfig
@@ -69,3 +72,63 @@ def test_a_runner_that_fails_without_work_is_broken(core: EngineCore) -> None:
 
     with pytest.raises(RuntimeError, match="no device"):
         run_isolated(Broken(), StepPlan(1, (), (), ()))
+
+
+class Ahead(FakeRunner):
+    """Computes a step when its result is asked for."""
+
+    def start(self, plan: StepPlan) -> Any:
+        self.started.append(plan.step_id)
+        return SimpleNamespace(finish=lambda: self.run(plan))
+
+
+@pytest.fixture
+def ahead(core: EngineCore) -> EngineCore:
+    runner = Ahead(core.scheduler._cache)
+    runner.started = []
+    return EngineCore(core.scheduler, runner)
+
+
+def play(core: EngineCore) -> tuple[dict[int, list[int]], int]:
+    """The tokens of five requests of which some end early, and the number of steps."""
+    for request_id in range(5):
+        params = SamplingParams(max_tokens=4 + request_id)
+        core.submit(EngineRequest(request_id, [request_id] * 5, params, eos_token_ids=(7,)))
+    core.runner.scripts = {1: [5, 6, 7, 8], 3: [7]}
+    tokens: dict[int, list[int]] = {request_id: [] for request_id in range(5)}
+    steps = 0
+    while core.has_work():
+        steps += 1
+        for update in core.step():
+            tokens[update.request_id] += update.token_ids
+        core.scheduler.check()
+    assert not core.runner.faults
+    return tokens, steps
+
+
+def test_steps_begun_ahead_give_the_same_tokens(core: EngineCore) -> None:
+    cache = CacheConfig(4, 50, (KVGroup(None, (0,)), KVGroup(6, (1,))), True)
+    other = EngineCore(Scheduler(SchedulerConfig(8, 64, 10, 64, True), cache), Ahead(cache))
+    other.runner.started = []
+    tokens, steps = play(core)
+    assert (tokens, steps) == play(other)
+    assert tokens[1] == [5, 6, 7] and tokens[3] == [7]
+    assert other.runner.started == list(range(1, steps + 1))
+
+
+def test_a_step_begun_ahead_is_run_again_where_the_one_before_fails(ahead: EngineCore) -> None:
+    for request_id in range(3):
+        ahead.submit(EngineRequest(request_id, [request_id] * 5, SamplingParams(max_tokens=6)))
+    ahead.step()
+    ahead.runner.raises |= {1}
+    assert {u.request_id: u.finish_reason for u in ahead.step()} == {0: None, 1: "error", 2: None}
+    ahead.runner.raises.clear()
+    ends = [u.finish_reason for _ in range(4) for u in ahead.step()]
+    assert ends.count("length") == 2 and not ahead.has_work() and not ahead.runner.faults
+
+
+def test_a_waiting_request_is_admitted_although_steps_are_begun_ahead(ahead: EngineCore) -> None:
+    ahead.submit(EngineRequest(0, [1] * 5, SamplingParams(max_tokens=9)))
+    ahead.step()
+    ahead.submit(EngineRequest(1, [2] * 5, SamplingParams(max_tokens=9)))
+    assert [[u.request_id for u in ahead.step()] for _ in range(3)][-1] == [0, 1]

@@ -77,3 +77,12 @@ def test_prompt_logprobs_of_a_chunk_computed_again_are_not_doubled() -> None:
     assert request.take_prompt_logprobs() == [None, one, two]
     assert request.take_prompt_logprobs() is None
     assert request.max_prefix == 2
+
+
+@pytest.mark.parametrize(
+    ("params", "needs"),
+    [({}, False), ({"temperature": 1.0, "top_p": 0.9}, False), ({"presence_penalty": 0.5}, True),
+     ({"min_tokens": 2}, True), ({"repetition_penalty": 1.2}, True), ({"prompt_logprobs": 1}, True)],
+)
+def test_what_must_be_known_before_the_next_step(params: dict[str, Any], needs: bool) -> None:
+    assert make_request([1], **params).needs_results is needs

@@ -47,6 +47,7 @@ class World:
             max_waiting=rng.choice([2, 20]),
             max_model_len=self.max_model_len,
             chunked=chunked,
+            plans_ahead=seed % 2 == 1,
         )
         self.engine.runner.vocab_size = VOCAB_SIZE
         self.arrivals = sorted(rng.randint(0, 20) for _ in range(rng.randint(3, 14)))
@@ -69,7 +70,8 @@ class World:
         for request_id, story in stories.items():
             self._compare(request_id, story)
         stats = self.engine.scheduler.stats()
-        self.counts.update(preempted=stats.num_preemptions, hits=stats.num_prefix_hits, steps=int(self.engine.now))
+        self.counts.update(preempted=stats.num_preemptions, ahead=self.engine.num_ahead)
+        self.counts.update(hits=stats.num_prefix_hits, steps=int(self.engine.now))
         assert stats.num_prefix_hits <= stats.num_prefix_queries
         return self.counts
 
@@ -165,5 +167,6 @@ def test_every_request_gets_what_it_gets_alone(
             counts += World(seed, make_engine).run()
         except Exception as error:
             raise AssertionError(f"the failing seed is {seed}: {error}") from error
-    for event in ("stop", "length", "repetition", "abort", "error", "preempted", "hits", "refused", "overloaded"):
+    for event in ("stop", "length", "repetition", "abort", "error", "preempted", "ahead", "hits", "refused",
+                  "overloaded"):
         assert counts[event] > 0, f"the simulation no longer leads to {event}"

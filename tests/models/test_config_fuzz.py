@@ -15,7 +15,7 @@ from pelton.config import GIB, DeviceFacts, EngineArgs, Environment, ModelFacts,
 from pelton.errors import ConfigError, ModelFormatError
 from pelton.layers.rope import context_length
 from pelton.models import find_model
-from pelton.weights.checkpoint import DummyCheckpoint
+from pelton.weights.dummy import DummyCheckpoint
 from pelton.weights.fields import parse_json_object
 from pelton.weights.files import text_config
 

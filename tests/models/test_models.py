@@ -18,7 +18,7 @@ from pelton.models import ARCHITECTURES, find_model
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.model_runner import ModelRunner
 from pelton.types import SamplingParams
-from pelton.weights.checkpoint import DummyCheckpoint
+from pelton.weights.dummy import DummyCheckpoint
 from pelton.weights.files import text_config
 
 PROMPT_LEN, NEW_TOKENS, BLOCK_SIZE = 45, 12, 16  # blocks of 16 are those the CPU's kernels read

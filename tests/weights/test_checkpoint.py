@@ -16,7 +16,8 @@ from pelton.errors import ModelFormatError
 from pelton.ops.native import native, reason
 from pelton.quant.layout import Blocks, Dense
 from pelton.quant.native import Packed, Table
-from pelton.weights.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
+from pelton.weights.checkpoint import Checkpoint, open_checkpoint
+from pelton.weights.dummy import DummyCheckpoint
 from pelton.weights.files import ModelFiles, open_model
 from pelton.weights.gguf_names import ARCHITECTURES, hf_name
 

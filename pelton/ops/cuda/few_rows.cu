@@ -310,10 +310,19 @@ __device__ __forceinline__ void store(const Args& a, int m, int n, float y) {
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_constant__ Args a) {
-#if !LATE
+// From compute capability 9.0 on a kernel may be brought up while the one before it still runs.
+__device__ __forceinline__ void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_constant__ Args a) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int first_tile = blockIdx.x * MT, num_tiles = (a.N + 15) / 16, num_blocks = a.K / 64;
     const int step = WARPS * SPLIT, begin = blockIdx.y * WARPS + warp;
@@ -331,7 +340,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
         if (begin + i * step < num_blocks) fetch(i, begin + i * step);
-    asm volatile("griddepcontrol.wait;" ::: "memory");  // weights never change; x is there from here on
+    wait_for_inputs();  // weights never change; x is there from here on
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
         if (begin + i * step < num_blocks) load(columns_of[i], a, begin + i * step, lane);
@@ -351,9 +360,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
         }
     }
 
-#if LATE
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
+    let_next_begin();  // not before: what waits would take the place of what reads
     // Sums of all warps: [warp][row][column of x], then of all blocks.
     constexpr int rows = 16 * MT, columns = 8 * NT, padded = columns + 1;
     extern __shared__ float shared[];
@@ -395,9 +402,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
 // 15 others too. One warp opens 16 rows x 64 columns.
 extern "C" __global__ void __launch_bounds__(256) open_codes(const __grid_constant__ Args a) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, num_blocks = a.K / 64;
+    wait_for_inputs();
     const int warp = blockIdx.y * 8 + threadIdx.x / 32, id = a.ids ? int(a.ids[blockIdx.x]) : -1;
     const int tile = a.ids ? id / 16 : blockIdx.x;
-    asm volatile("griddepcontrol.wait;" ::: "memory");
     if (warp >= num_blocks) return;
     Piece p;
     load(p, a, tile, warp, lane);

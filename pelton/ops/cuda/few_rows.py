@@ -61,7 +61,7 @@ def multiply(
     or float32; bias in x's dtype."""
     num_out, num_in = weight.shape
     shape = _cut(x.shape[0], num_out, num_in, isinstance(weight, Tensor), num_processors(x.device))
-    defines = {**_layout(weight), "LATE": int(__import__("os").environ.get("PL","0")), "HALF": int(x.dtype == torch.float16), "OUT32": int(out.dtype == torch.float32),
+    defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "OUT32": int(out.dtype == torch.float32),
                **vars(shape)}
     partial, arrived = _scratch(x.device)
     args = _pointers(weight)
@@ -83,7 +83,7 @@ def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, fact
     args = _pointers(tiles)
     args.out, args.N, args.K, args.out_stride = out.data_ptr(), num_out, num_in, num_in
     args.ids, args.factor = None if ids is None else ids.data_ptr(), factor
-    defines = {**_layout(tiles), "LATE": 0, "HALF": int(dtype == torch.float16), "OUT32": 0, **vars(_Shape(1, 1, 8, 1, 1))}
+    defines = {**_layout(tiles), "HALF": int(dtype == torch.float16), "OUT32": 0, **vars(_Shape(1, 1, 8, 1, 1))}
     grid = -(-num_out // ROWS) if ids is None else len(ids), -(-num_in // (8 * COLUMNS))
     _function("open_codes", tuple(sorted(defines.items())), 0, device).launch(grid, 256, args, device)
     return out
@@ -91,15 +91,16 @@ def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, fact
 
 @cache
 def _cut(num_rows: int, num_out: int, num_in: int, is_dense: bool, processors: int) -> _Shape:
-    """Enough warps to keep the memory busy: measured on an H200. More rows of the weight a warp where there are many, as
-    it reads x for each tile."""
+    """Enough warps to keep the memory busy: measured on an H200. More rows of the weight a warp where there are many,
+    as it reads x for each tile."""
     nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
     tiles = -(-num_out // ROWS)
     few, deep = tiles <= 2 * processors, num_in >= 8192
     if is_dense:
         warps, mt, ahead, split = 8, 1, 4 if few else 2, 1
     elif nt <= 2:
-        warps, mt, ahead, split = (16, 2, 3, 1) if few else (4, 2, 3, 1) if tiles > 4 * processors else (8, 1, 3, 1)
+        wide = tiles > 4 * processors
+        warps, mt, ahead, split = (16, 2, 3, 1) if few else (4, 2, 3, 1) if wide else (8, 1, 3, 1)
     elif nt == 4:
         warps, mt, ahead, split = (8, 4, 2, 2) if few and deep else (8, 2, 3, 1) if few else (4, 4, 2, 1)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-
 from typing import Any
 
 import torch
@@ -14,12 +13,8 @@ from triton import knobs
 from triton.language.extra import cuda
 from triton.runtime import driver
 
-
 # From compute capability 9.0 on a kernel may be brought up while the one before it still runs.
-import os as _os
-X=_os.environ.get("PX","3")
-TRIGGERS = tl.constexpr(X in "123" and not knobs.runtime.interpret)
-OVERLAPS = tl.constexpr(X in "23" and not knobs.runtime.interpret and torch.cuda.get_device_capability() >= (9, 0))
+OVERLAPS = tl.constexpr(not knobs.runtime.interpret and torch.cuda.get_device_capability() >= (9, 0))
 OVERLAP: dict[str, Any] = {"launch_pdl": True} if OVERLAPS.value else {}
 """Launch options of a kernel that calls `wait_for_inputs`."""
 
@@ -27,9 +22,8 @@ OVERLAP: dict[str, Any] = {"launch_pdl": True} if OVERLAPS.value else {}
 @triton.jit
 def wait_for_inputs():
     """The first thing in a kernel: lets the next one be brought up, and waits until the one before is complete."""
-    if TRIGGERS:
-        cuda.gdc_launch_dependents()
     if OVERLAPS:
+        cuda.gdc_launch_dependents()
         cuda.gdc_wait()
 
 

@@ -32,7 +32,7 @@ class Function:
         self._shared_bytes = shared_bytes
 
     def launch(self, grid: tuple[int, int], num_threads: int, args: ctypes.Structure, device: torch.device) -> None:
-        """Enqueue on the current stream. The kernel may begin while the one before still runs, and waits for it itself."""
+        """Enqueue on the current stream. The kernel may begin while the one before still runs, and waits for it."""
         attribute = _Attribute(OVERLAP, b"", _Value(programmatic=1))
         config = _Config(*grid, 1, num_threads, 1, 1, self._shared_bytes, torch.cuda.current_stream(device).cuda_stream,
                          ctypes.pointer(attribute), int(torch.cuda.get_device_capability(device) >= (9, 0)))

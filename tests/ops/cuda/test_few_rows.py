@@ -66,7 +66,7 @@ def test_codes(name: str, half: torch.dtype) -> None:
     parts = LAYOUTS[name]()
     tiles, expected = make_tiles(parts), parts.weights()
     opened = few_rows.open_tiles(tiles, half)
-    assert torch.equal(opened, expected.to(half)) or (opened.float() - expected).abs().max() < 1e-2 * expected.abs().max()
+    assert (opened.float() - expected).abs().max() < 1e-2 * expected.abs().max()
     for num_rows in (1, 2, 8, 9, 16, 31, 64):
         x = torch.randn(num_rows, expected.shape[1], device="cuda").to(half)
         bias = torch.randn(expected.shape[0], device="cuda").to(half)

@@ -1,0 +1,138 @@
+"""Every architecture in every weight layout on a GPU, held to the same weights in float32 on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pelton.config import CacheConfig, DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig, make_groups
+from pelton.engine.core import EngineCore
+from pelton.engine.scheduler import Scheduler
+from pelton.engine.step import EngineRequest, TokenLogprobs
+from pelton.models import ARCHITECTURES, find_model
+from pelton.quant.layout import Dense, LinearWeight
+from pelton.runner.kv_cache import KVCache
+from pelton.runner.model_runner import ModelRunner
+from pelton.types import SamplingParams
+from pelton.weights.dummy import LAYOUTS, DummyCheckpoint
+from pelton.weights.files import text_config
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+VOCAB_SIZE = 512
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.08, "float16": 0.01}  # of log-probabilities, which are about -6
+PROMPTS = [[(37 * i + 11 * k * k) % VOCAB_SIZE for k in range(3 + 41 * i)] for i in range(5)]
+
+
+class Copied(DummyCheckpoint):
+    """The weights of another checkpoint, as float32 on the CPU."""
+
+    def __init__(self, source: DummyCheckpoint) -> None:
+        super().__init__(source.config, torch.float32, torch.device("cpu"))
+        self.source = source
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        return self.source.at(self._prefix).tensor(name, shape).float().cpu()
+
+    def linear(self, name: str, shape: tuple[int, int]) -> LinearWeight:
+        return Dense(self.source.at(self._prefix).linear(name, shape).dequantize().float().cpu())
+
+
+def config_of(architecture: str) -> dict[str, Any]:
+    return text_config({
+        "architectures": [architecture], "vocab_size": VOCAB_SIZE, "hidden_size": 256, "intermediate_size": 512,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+        "sliding_window": 32, "query_pre_attn_scalar": 64, "max_position_embeddings": 512,
+    })  # fmt: skip
+
+
+def make_engine(checkpoint: DummyCheckpoint, dtype: str, enforce_eager: bool = False) -> EngineCore:
+    config, kind = checkpoint.config, checkpoint.device.type
+    architecture = find_model(config)
+    kv_layers = architecture.kv_layers(config)
+    cache = CacheConfig(64 if kind == "cuda" else 16, 200, make_groups(kv_layers), False, dtype)
+    scheduler = SchedulerConfig(8, 128, 64, 512, True)
+    device = DeviceConfig(kind, 1, enforce_eager, 0)
+    engine = EngineConfig(ModelConfig(dtype, 512), cache, scheduler, device, (), ())
+    kv = KVCache(cache, kv_layers, checkpoint.device)
+    return EngineCore(Scheduler(scheduler, cache), ModelRunner(architecture.load(checkpoint), kv, engine))
+
+
+def run(core: EngineCore, prompts: list[list[int]], **params: Any) -> list[tuple[list[int], list[float], list[float]]]:
+    """For each prompt, submitted together: the tokens, their log-probabilities, and those of the prompt."""
+    for i, prompt in enumerate(prompts):
+        core.submit(EngineRequest(i, prompt, SamplingParams(temperature=0.0, ignore_eos=True, logprobs=0, **params)))
+    tokens: list[list[int]] = [[] for _ in prompts]
+    scores: list[list[float]] = [[] for _ in prompts]
+    prompt_scores: list[list[float]] = [[] for _ in prompts]
+
+    def first(entry: TokenLogprobs | None) -> list[float]:
+        return [] if entry is None else entry.logprobs[:1]
+
+    while core.has_work():
+        for update in core.step():
+            assert update.error is None, update.error
+            i = update.request_id
+            tokens[i] += update.token_ids
+            scores[i] += [value for entry in update.logprobs or [] for value in first(entry)]
+            prompt_scores[i] += [value for entry in update.prompt_logprobs or [] for value in first(entry)]
+    core.step()
+    return list(zip(tokens, scores, prompt_scores, strict=True))
+
+
+def close(a: list[float], b: list[float], tolerance: float) -> None:
+    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("layout", [None, *LAYOUTS])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_numbers_of_the_cpu(architecture: str, layout: str | None) -> None:
+    dtype = "float16" if architecture.startswith("Qwen") else "bfloat16"
+    source = DummyCheckpoint(
+        config_of(architecture), getattr(torch, dtype), torch.device("cuda"), scale=0.05, layout=layout
+    )
+    on_gpu, on_cpu = make_engine(source, dtype), make_engine(Copied(source), "float32")
+    found = run(on_gpu, PROMPTS, max_tokens=24, prompt_logprobs=0)
+    expected = run(on_cpu, PROMPTS, max_tokens=1, prompt_logprobs=0)
+    for (_, _, ours), (_, _, theirs) in zip(found, expected, strict=True):
+        close(ours, theirs, TOLERANCE[dtype])
+    continued = [prompt + tokens for prompt, (tokens, _, _) in zip(PROMPTS, found, strict=True)]
+    checked = run(on_cpu, continued, max_tokens=1, prompt_logprobs=0)
+    for (_, scores, _), (_, _, theirs) in zip(found, checked, strict=True):
+        close(scores, theirs[-24:], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
+def test_the_same_text_in_float32(architecture: str) -> None:
+    source = DummyCheckpoint(config_of(architecture), torch.float32, torch.device("cuda"), scale=0.05)
+    found = run(make_engine(source, "float32"), PROMPTS, max_tokens=24)
+    assert [tokens for tokens, _, _ in found] == [
+        tokens for tokens, _, _ in run(make_engine(Copied(source), "float32"), PROMPTS, max_tokens=24)
+    ]
+
+
+def test_captured_and_eager_steps_give_the_same_bits() -> None:
+    source = DummyCheckpoint(config_of("LlamaForCausalLM"), torch.bfloat16, torch.device("cuda"), layout="gptq")
+    captured, eager = (run(make_engine(source, "bfloat16", flag), PROMPTS, max_tokens=24) for flag in (False, True))
+    assert captured == eager
+
+
+def test_steps_begun_ahead_change_nothing() -> None:
+    """Requests that end at different times, sampled with temperature: alone and together, ahead or not."""
+    source = DummyCheckpoint(config_of("LlamaForCausalLM"), torch.float32, torch.device("cuda"))
+    core, plain = make_engine(source, "float32"), make_engine(source, "float32")
+    plain.runner.start = lambda plan: None  # type: ignore[method-assign]
+    results = []
+    for engine in (core, plain):
+        for i, prompt in enumerate(PROMPTS):
+            params = SamplingParams(temperature=0.8, top_p=0.9, seed=i, max_tokens=5 + 7 * i, ignore_eos=True)
+            engine.submit(EngineRequest(i, prompt, params))
+        tokens: dict[int, list[int]] = {i: [] for i in range(len(PROMPTS))}
+        while engine.has_work():
+            for update in engine.step():
+                tokens[update.request_id] += update.token_ids
+        results.append(tokens)
+    assert results[0] == results[1]
