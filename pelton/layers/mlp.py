@@ -11,9 +11,9 @@ from pelton.errors import ModelFormatError
 from pelton.layers.linear import Linear
 from pelton.weights.checkpoint import Checkpoint
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": ops.silu_and_mul,
-    "gelu_pytorch_tanh": ops.gelu_tanh_and_mul,
+ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "silu": ("silu", ops.silu_and_mul),
+    "gelu_pytorch_tanh": ("gelu_tanh", ops.gelu_tanh_and_mul),
 }
 
 
@@ -23,7 +23,7 @@ class GatedMLP:
     def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
         self.gate_up = gate_up
         self.down = down
-        self.act_and_mul = find_activation(activation)
+        self.gate, self.act_and_mul = find_activation(activation)
 
     @classmethod
     def load(cls, ckpt: Checkpoint, d_model: int, d_hidden: int, activation: str, bias: bool = False) -> GatedMLP:
@@ -36,11 +36,12 @@ class GatedMLP:
 
     def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         """[T, d_model] -> [T, d_model]; with `add_to` added to that, in place."""
-        return self.down(self.act_and_mul(self.gate_up(x)), add_to)
+        hidden = self.gate_up.weight.gated(x, self.gate_up.bias, self.gate)
+        return self.down(self.act_and_mul(self.gate_up(x)) if hidden is None else hidden, add_to)
 
 
-def find_activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The gated activation of that name in config.json."""
+def find_activation(name: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The gated activation of that name in config.json: what weights call it, and its op."""
     if name not in ACTIVATIONS:
         raise ModelFormatError(f"hidden_act {name!r} is not supported; known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

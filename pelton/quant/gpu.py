@@ -31,6 +31,14 @@ class OnGPU(LinearWeight):
         self.write(x, out, bias, accumulate=add_to is not None)
         return out
 
+    def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
+        weight = self.operand(x)
+        if not few_rows.accepts_gated(x, weight) or (isinstance(weight, Tensor) and x.shape[0] > MAX_DENSE_ROWS):
+            return None
+        out = x.new_empty(x.shape[0], self.shape[0] // 2)
+        few_rows.multiply(x, weight, out, bias, gate=gate)
+        return out
+
     def logits(self, x: Tensor) -> Tensor:
         out = x.new_empty(x.shape[0], self.shape[0], dtype=torch.float32)
         self.write(x, out, None, accumulate=False)
@@ -127,6 +135,9 @@ class Column(OnGPU):
 
     def operand(self, x: Tensor) -> Tensor | Tiles:
         return self.dequantize()
+
+    def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
+        return None
 
     def dequantize(self) -> Tensor:
         return torch.cat([part.dequantize() for part in self.parts])

@@ -31,6 +31,11 @@ class LinearWeight(ABC):
         y = F.linear(x, self.dequantize().to(x.dtype), bias)
         return y if add_to is None else add_to.add_(y)
 
+    def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
+        """gate(a) * b for x W^T + bias = [a | b], where that is one step: [T, K] -> [T, N / 2]; else None.
+        gate: "silu" or "gelu_tanh"."""
+        return None
+
     def logits(self, x: Tensor) -> Tensor:
         """x W^T in float32: [T, K] -> [T, N]."""
         return self.matmul(x).float()

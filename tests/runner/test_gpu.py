@@ -23,7 +23,8 @@ from pelton.weights.files import text_config
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 VOCAB_SIZE = 512
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.08, "float16": 0.01}  # of log-probabilities, which are about -6
+MEAN, MOST = {"bfloat16": 0.02, "float16": 0.003}, {"bfloat16": 0.25, "float16": 0.04}
+"""How far log-probabilities, which are about -8, may be from float32's."""
 PROMPTS = [[(37 * i + 11 * k * k) % VOCAB_SIZE for k in range(3 + 41 * i)] for i in range(5)]
 
 
@@ -83,8 +84,9 @@ def run(core: EngineCore, prompts: list[list[int]], **params: Any) -> list[tuple
     return list(zip(tokens, scores, prompt_scores, strict=True))
 
 
-def close(a: list[float], b: list[float], tolerance: float) -> None:
-    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=tolerance, rtol=0)
+def close(a: list[float], b: list[float], dtype: str) -> None:
+    off = (torch.tensor(a) - torch.tensor(b)).abs()
+    assert off.mean() < MEAN[dtype] and off.max() < MOST[dtype], (float(off.mean()), float(off.max()))
 
 
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
@@ -98,11 +100,11 @@ def test_numbers_of_the_cpu(architecture: str, layout: str | None) -> None:
     found = run(on_gpu, PROMPTS, max_tokens=24, prompt_logprobs=0)
     expected = run(on_cpu, PROMPTS, max_tokens=1, prompt_logprobs=0)
     for (_, _, ours), (_, _, theirs) in zip(found, expected, strict=True):
-        close(ours, theirs, TOLERANCE[dtype])
+        close(ours, theirs, dtype)
     continued = [prompt + tokens for prompt, (tokens, _, _) in zip(PROMPTS, found, strict=True)]
     checked = run(on_cpu, continued, max_tokens=1, prompt_logprobs=0)
     for (_, scores, _), (_, _, theirs) in zip(found, checked, strict=True):
-        close(scores, theirs[-24:], TOLERANCE[dtype])
+        close(scores, theirs[-24:], dtype)
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma3ForCausalLM"])

@@ -8,7 +8,8 @@
 // a scale d and a minimum m or a fixed zero:  w = d u - m,  w = d (u - ZERO),  or with LOOKUP  w = d value[u].
 //
 // Defined when compiled: HALF (1: float16, 0: bfloat16), NUMBERS or BITS, GROUP, SCALE (16, 32: floats; 8: multiples of a
-// float16 for each 256 columns), MIN, ZERO, LOOKUP, NT, MT, WARPS, SPLIT, AHEAD, OUT32.
+// float16 for each 256 columns), MIN, ZERO, LOOKUP, NT, MT, WARPS, SPLIT, AHEAD, OUT32; GATE
+// (1: silu, 2: gelu by tanh): w is [gate | up], of which a block has the same rows of both, and out[m, n] = gate(..) up.
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -199,14 +200,15 @@ __device__ __forceinline__ u32 code_pair(const Piece& p, int s, int j) {
 #endif
 }
 
-__device__ __forceinline__ float scale_of(const Piece& p, int r, int group, int which) {
+// A scale (which = 0) or minimum, times a factor.
+__device__ __forceinline__ float scale_of(const Piece& p, int r, int group, int which, float factor = 1.0f) {
     const int i = (r * GROUPS + group) * PER_GROUP + which;
 #if SCALE == 16
-    return half_to_float(p.scales[i]);
+    return factor * half_to_float(p.scales[i]);
 #elif SCALE == 32
-    return p.scales[i];
+    return factor * p.scales[i];
 #else
-    const float super = half_to_float(p.supers[r * PER_GROUP + which]);
+    const float super = factor * half_to_float(p.supers[r * PER_GROUP + which]);
     const u32 u = MIN ? p.scales[i] : p.scales[i] ^ 128;  // as a float without a conversion: 2^23 + u
     return super * (__uint_as_float(0x4B000000u | u) - (MIN ? 8388608.0f : 8388736.0f));
 #endif
@@ -258,15 +260,23 @@ __device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const Piece (
     constexpr int per_group = 4 / GROUPS;  // mma of a group
 #pragma unroll
     for (int group = 0; group < GROUPS; ++group) {
-        float ones[NT][4] = {};  // the sums of x, in the places of the products
+        // Products begin with what is too much in them, -OFFSET times the sum of x.
+        float begin[NT][4] = {};
 #if NEEDS_SUM
-        const u32 one = HALF ? 0x3C003C00u : 0x3F803F80u, all[4] = {one, one, one, one};
+        const u32 factor = to_pair(OFFSET ? -float(OFFSET) : 1.0f, OFFSET ? -float(OFFSET) : 1.0f);
+        const u32 all[4] = {factor, factor, factor, factor};
+#pragma unroll
         for (int n = 0; n < NT; ++n)
-            for (int q = 0; q < per_group; ++q) mma(ones[n], all, x[n][group * per_group + q]);
+#pragma unroll
+            for (int q = 0; q < per_group; ++q) mma(begin[n], all, x[n][group * per_group + q]);
 #endif
 #pragma unroll
         for (int i = 0; i < MT; ++i) {
-            float own[NT][4] = {};
+            float own[NT][4];
+#pragma unroll
+            for (int n = 0; n < NT; ++n)
+#pragma unroll
+                for (int c = 0; c < 4; ++c) own[n][c] = OFFSET ? begin[n][c] : 0.0f;
 #pragma unroll
             for (int q = 0; q < per_group; ++q) {
                 const int s = group * per_group + q;
@@ -284,13 +294,13 @@ __device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const Piece (
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const float d = scale_of(w[i], r, group, 0);
-                const float m = (MIN ? scale_of(w[i], r, group, MIN) : 0.0f) + OFFSET * d;
+                const float m = MIN ? scale_of(w[i], r, group, MIN, OFFSET ? 1.0f / OFFSET : -1.0f) : 0.0f;
 #pragma unroll
                 for (int n = 0; n < NT; ++n)
 #pragma unroll
                     for (int c = 2 * r; c < 2 * r + 2; ++c) {
                         sums[i][n][c] += d * own[n][c];
-                        if (NEEDS_SUM) sums[i][n][c] -= m * ones[n][c];
+                        if (MIN) sums[i][n][c] += m * begin[n][c];
                     }
             }
         }
@@ -323,8 +333,16 @@ __device__ __forceinline__ void let_next_begin() {
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_constant__ Args a) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int first_tile = blockIdx.x * MT, num_tiles = (a.N + 15) / 16, num_blocks = a.K / 64;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so that the compiler knows it is one for all lanes
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int num_tiles = (a.N + 15) / 16, num_blocks = a.K / 64;
+#if GATE
+    const int first_tile = blockIdx.x;
+    const auto tile_of = [&](int i) { return first_tile + i * num_tiles / 2; };
+#else
+    const int first_tile = blockIdx.x * MT;
+    const auto tile_of = [&](int i) { return min(first_tile + i, num_tiles - 1); };
+#endif
     const int step = WARPS * SPLIT, begin = blockIdx.y * WARPS + warp;
     __shared__ u32 table[16];
 #if LOOKUP
@@ -335,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
     Columns columns_of[AHEAD];
     const auto fetch = [&](int slot, int block) {
 #pragma unroll
-        for (int i = 0; i < MT; ++i) load(pieces[slot][i], a, min(first_tile + i, num_tiles - 1), block, lane);
+        for (int i = 0; i < MT; ++i) load(pieces[slot][i], a, tile_of(i), block, lane);
     };
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
@@ -369,6 +387,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
             for (int c = 0; c < 4; ++c)
                 shared[(warp * rows + 16 * i + g + 8 * (c / 2)) * padded + 8 * n + 2 * t + c % 2] = sums[i][n][c];
     __syncthreads();
+#if GATE
+    for (int e = threadIdx.x; e < 16 * columns; e += 32 * WARPS) {
+        const int row = e % 16, m = e / 16, n = 16 * first_tile + row;
+        float gate = 0.0f, up = 0.0f;
+        for (int w = 0; w < WARPS; ++w) {
+            gate += shared[(w * rows + row) * padded + m];
+            up += shared[(w * rows + 16 + row) * padded + m];
+        }
+        if (m >= a.M) break;
+        if (a.bias) gate += to_float(a.bias[n]), up += to_float(a.bias[a.N / 2 + n]);
+        gate = to_float(u16(to_pair(gate, 0.0f))), up = to_float(u16(to_pair(up, 0.0f)));  // as if they had been written
+        const float turn = GATE == 2 ? 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate) : gate;
+        ((u16*)a.out)[u64(m) * a.out_stride + n] = u16(to_pair(gate / (1.0f + __expf(-turn)) * up, 0.0f));
+    }
+    return;
+#endif
     float* partial = a.partial + u64(blockIdx.x) * SPLIT * rows * columns;
     for (int e = threadIdx.x; e < rows * columns; e += 32 * WARPS) {
         const int row = e % rows, m = e / rows;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -16,6 +16,8 @@ from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
 MAX_ROWS = 64
 MAX_SPLIT = 8
+MAX_GATED_ROWS = 16
+GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -54,14 +56,22 @@ def accepts(x: Tensor, weight: Tensor | Tiles) -> bool:
     return x.shape[0] <= MAX_ROWS and x.dtype in HALVES and same and aligned and weight.shape[1] % COLUMNS == 0
 
 
+def accepts_gated(x: Tensor, weight: Tensor | Tiles) -> bool:
+    """Whether `multiply` takes a gate too."""
+    return accepts(x, weight) and x.shape[0] <= MAX_GATED_ROWS and weight.shape[0] % (2 * ROWS) == 0
+
+
 def multiply(
-    x: Tensor, weight: Tensor | Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False
+    x: Tensor, weight: Tensor | Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False, gate: str = ""
 ) -> None:
     """out = x W^T (+ bias), or added to out. x [M, K]; weight: W [N, K] in x's dtype, or tiles; out [M, N] in x's dtype
-    or float32; bias in x's dtype."""
+    or float32; bias in x's dtype. With a gate ("silu", "gelu_tanh") W is [gate | up]: out [M, N / 2] = gate(..) up."""
     num_out, num_in = weight.shape
     shape = _cut(x.shape[0], num_out, num_in, isinstance(weight, Tensor), num_processors(x.device))
+    if gate:
+        shape = replace(shape, MT=2, SPLIT=1)
     defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "OUT32": int(out.dtype == torch.float32),
+               "GATE": GATES[gate],
                **vars(shape)}
     partial, arrived = _scratch(x.device)
     args = _pointers(weight)
@@ -69,7 +79,7 @@ def multiply(
     args.partial, args.arrived = partial.data_ptr(), arrived.data_ptr()
     args.M, args.N, args.K = x.shape[0], num_out, num_in
     args.out_stride, args.x_stride, args.accumulate = out.stride(0), x.stride(0), int(accumulate)
-    blocks = -(-num_out // (ROWS * shape.MT))
+    blocks = -(-num_out // (ROWS * shape.MT))  # with a gate too: a block has a tile of either half
     _function("few_rows", tuple(sorted(defines.items())), shape.shared_bytes, x.device).launch(
         (blocks, shape.SPLIT), 32 * shape.WARPS, args, x.device
     )
@@ -83,7 +93,7 @@ def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, fact
     args = _pointers(tiles)
     args.out, args.N, args.K, args.out_stride = out.data_ptr(), num_out, num_in, num_in
     args.ids, args.factor = None if ids is None else ids.data_ptr(), factor
-    defines = {**_layout(tiles), "HALF": int(dtype == torch.float16), "OUT32": 0, **vars(_Shape(1, 1, 8, 1, 1))}
+    defines = {**_layout(tiles), "HALF": int(dtype == torch.float16), "OUT32": 0, "GATE": 0, **vars(_Shape(1, 1, 8, 1, 1))}
     grid = -(-num_out // ROWS) if ids is None else len(ids), -(-num_in // (8 * COLUMNS))
     _function("open_codes", tuple(sorted(defines.items())), 0, device).launch(grid, 256, args, device)
     return out
