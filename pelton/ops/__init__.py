@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -44,6 +44,7 @@ class Op(Generic[P, Result]):
         self.name = reference.__name__
         self.reference = reference
         self.kernels: list[Kernel] = []
+        self.only_on = ""  # the device where it is called, if not on all
         self.__doc__ = reference.__doc__
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Result:
@@ -69,7 +70,8 @@ def op(reference: Callable[P, Result]) -> Op[P, Result]:
 
 def describe(device: str) -> str:
     """Which ops have which kernels on "cpu" or "cuda", in one line; "" if none has."""
-    served = {o.name: [k.name for k in o.kernels if k.name.partition("-")[0] == device] for o in OPS.values()}
+    called = [o for o in OPS.values() if o.only_on in ("", device)]
+    served = {o.name: [k.name for k in o.kernels if k.name.partition("-")[0] == device] for o in called}
     plain = [name for name, kernels in served.items() if not kernels]
     parts = [f"{name} {'/'.join(kernels)}" for name, kernels in served.items() if kernels]
     return ", ".join([*parts, *([f"{' '.join(plain)} in plain torch"] if plain else [])]) if parts else ""
@@ -242,6 +244,24 @@ def paged_attention(
         ends = None if span_ends is None else span_ends[begin:end] - first * block_size
         out[begin:end] = _attend(query[begin:end], key, value, start - first * block_size, scale, window, softcap, ends)
     return out
+
+
+@op
+def prompt_attention(
+    query: Tensor, key: Tensor, value: Tensor, prompts: Sequence[tuple[int, int]], scale: float
+) -> Tensor:
+    """Causal attention of whole prompts, whose keys and values are at hand: rows begin to end - 1 for each of
+    `prompts`, which together are all rows. query [T, H, D]; key, value [T, G, D], H a multiple of G. Returns [T, H, D].
+    """
+    parts = []
+    for begin, end in prompts:
+        q, k, v = (t[begin:end].transpose(0, 1)[None] for t in (query, key, value))  # [1, heads, tokens, D]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        parts.append(out[0].transpose(0, 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+prompt_attention.only_on = "cuda"  # elsewhere the kernels of paged_attention are as fast
 
 
 def _read(numbers: Tensor, scales: Tensor | None, blocks: Tensor) -> Tensor:

