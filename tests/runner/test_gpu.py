@@ -23,8 +23,9 @@ from pelton.weights.files import text_config
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 VOCAB_SIZE = 512
-MEAN, MOST = {"bfloat16": 0.05, "float16": 0.008}, {"bfloat16": 0.4, "float16": 0.06}
-"""How far log-probabilities, which are about -8, may be from float32's."""
+# How far log-probabilities, which are about -7, may be from float32's: mean and most. About twice what plain torch in
+# the same dtype shows with these weights; with Gemma's norms after each half, rounding of the residual stream grows.
+TOLERANCE = {"float16": (0.008, 0.06), "bfloat16": (0.03, 0.2), "Gemma in bfloat16": (0.1, 1.2)}
 PROMPTS = [[(37 * i + 11 * k * k) % VOCAB_SIZE for k in range(3 + 41 * i)] for i in range(5)]
 
 
@@ -84,9 +85,10 @@ def run(core: EngineCore, prompts: list[list[int]], **params: Any) -> list[tuple
     return list(zip(tokens, scores, prompt_scores, strict=True))
 
 
-def close(a: list[float], b: list[float], dtype: str) -> None:
+def close(a: list[float], b: list[float], tolerance: tuple[float, float]) -> None:
     off = (torch.tensor(a) - torch.tensor(b)).abs()
-    assert off.mean() < MEAN[dtype] and off.max() < MOST[dtype], (float(off.mean()), float(off.max()))
+    mean, most = tolerance
+    assert off.mean() < mean and off.max() < most, (float(off.mean()), float(off.max()))
 
 
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
@@ -96,15 +98,16 @@ def test_numbers_of_the_cpu(architecture: str, layout: str | None) -> None:
     source = DummyCheckpoint(
         config_of(architecture), getattr(torch, dtype), torch.device("cuda"), scale=0.05, layout=layout
     )
+    tolerance = TOLERANCE["Gemma in bfloat16" if architecture.startswith("Gemma") else dtype]
     on_gpu, on_cpu = make_engine(source, dtype), make_engine(Copied(source), "float32")
     found = run(on_gpu, PROMPTS, max_tokens=24, prompt_logprobs=0)
     expected = run(on_cpu, PROMPTS, max_tokens=1, prompt_logprobs=0)
     for (_, _, ours), (_, _, theirs) in zip(found, expected, strict=True):
-        close(ours, theirs, dtype)
+        close(ours, theirs, tolerance)
     continued = [prompt + tokens for prompt, (tokens, _, _) in zip(PROMPTS, found, strict=True)]
     checked = run(on_cpu, continued, max_tokens=1, prompt_logprobs=0)
     for (_, scores, _), (_, _, theirs) in zip(found, checked, strict=True):
-        close(scores, theirs[-24:], dtype)
+        close(scores, theirs[-24:], tolerance)
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
@@ -147,4 +150,4 @@ def test_long_prompts_are_computed_at_once_or_in_chunks(monkeypatch: pytest.Monk
     monkeypatch.setattr("pelton.runner.model_runner.LONG_PROMPT", 32)
     at_once = [run(make_engine(source, "bfloat16"), [prompt], max_tokens=1, prompt_logprobs=0)[0] for prompt in prompts]
     for (_, _, ours), (_, _, theirs) in zip(at_once, in_chunks, strict=True):
-        close(ours, theirs, "bfloat16")
+        close(ours, theirs, TOLERANCE["bfloat16"])
