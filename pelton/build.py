@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from pelton import ops
-from pelton.config import EngineArgs, EngineConfig, Environment, ModelFacts, resolve
+from pelton.config import EngineArgs, EngineConfig, Environment, KVLayer, ModelFacts, resolve
 from pelton.engine.core import EngineCore
 from pelton.engine.host import Engine
 from pelton.engine.messages import EngineInfo
@@ -15,7 +16,7 @@ from pelton.engine.scheduler import Scheduler
 from pelton.errors import ConfigError, ModelNotFoundError
 from pelton.layers.rope import context_length
 from pelton.models import Model, find_model
-from pelton.ops import native
+from pelton.ops import gpu, native
 from pelton.runner.device import probe_device, use_cpu
 from pelton.runner.grammar import Grammars
 from pelton.runner.kv_cache import KVCache
@@ -25,6 +26,7 @@ from pelton.types import OnProgress
 from pelton.weights import hub
 from pelton.weights.checkpoint import Checkpoint, open_checkpoint
 from pelton.weights.dummy import LAYOUTS, DummyCheckpoint
+from pelton.weights.fields import Fields
 from pelton.weights.files import NO_WEIGHTS, ModelFiles, bytes_in_memory, open_model, weight_bytes
 
 
@@ -50,7 +52,10 @@ def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Eng
     architecture = find_model(files.config)
     kv_layers = architecture.kv_layers(files.config)
     sizes = weight_bytes(files) if files.weights else bytes_in_memory(_count_weights(architecture, files))
-    facts = ModelFacts(files.config["torch_dtype"], context_length(files.config), kv_layers, sizes)
+    facts = ModelFacts(
+        files.config["torch_dtype"], context_length(files.config), kv_layers, sizes,
+        _token_numbers(files, kv_layers), Fields(files.config).int("vocab_size", low=1),
+    )
     machine = probe_device(args.device)
     env = Environment.read()
     config = resolve(args, facts, machine, env)
@@ -86,9 +91,19 @@ def _count_weights(architecture: type[Model], files: ModelFiles) -> int:
     return checkpoint.num_weights
 
 
+def _token_numbers(files: ModelFiles, kv_layers: Sequence[KVLayer]) -> int:
+    """What a forward pass holds at once for each token: the residual stream and what is normalised and added to it, the
+    heads and what attention makes of them, the feed-forward layer's halves and their product."""
+    fields = Fields(files.config)
+    heads = fields.int("num_attention_heads", 8, low=1)
+    attention = max((2 * heads + 2 * layer.num_kv_heads) * layer.head_size for layer in kv_layers)
+    hidden = fields.int("hidden_size", low=1)
+    return 4 * hidden + attention + 3 * fields.int("intermediate_size", 4 * hidden, low=1)
+
+
 def _info(config: EngineConfig, why_eager: str) -> EngineInfo:
     cache, kernels = config.cache, ops.describe(config.device.kind)
-    why_none = native.reason if config.device.kind == "cpu" else "this version runs on GPUs in plain torch, slowly"
+    why_none = native.reason if config.device.kind == "cpu" else gpu.why_not()
     return EngineInfo(
         max_model_len=config.model.max_model_len,
         num_kv_tokens=(cache.num_blocks - 1) // len(cache.groups) * cache.block_size,

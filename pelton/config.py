@@ -15,6 +15,8 @@ from typing import Any
 from pelton.errors import ConfigError
 
 GIB = 1 << 30
+LIBRARY_BYTES = GIB // 2  # what CUDA's libraries and split sums take at most
+TILES_OVER_FILE = 1.06  # quantised weights on a GPU, whose sub-scales take whole bytes
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPE_NAMES = {"auto": "auto", "half": "float16", "float": "float32", **{name: name for name in DTYPE_BYTES}}
 KV_DTYPES = ("auto", *DTYPE_BYTES, "int8")
@@ -184,7 +186,7 @@ class DeviceFacts:
     has_fast_bf16: bool
     num_cores: int  # that this process may use, by affinity and quota
     cpus: tuple[int, ...] = ()  # the processors it may run on, one of each core first
-    keeps_formats: bool = False  # weights stay in the precision of their file
+    keeps_formats: bool = False  # weights stay in the precision of their file (on a GPU not in float32)
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,8 @@ class ModelFacts:
     max_len: int  # tokens it was made for, prompt and completion together
     kv_layers: Sequence[KVLayer]
     weight_bytes: Mapping[str, int]  # size of the weights in memory for each dtype; "stored": as in the file
+    token_numbers: int = 0  # that a forward pass holds at once for each token
+    vocab_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -301,10 +305,11 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
     block_bytes = _block_bytes(block_size, model.kv_layers, kv_dtype)
     groups = make_groups(model.kv_layers)
     most_blocks = 1 + max_num_seqs * len(groups) * (math.ceil(model_len / block_size) + 1)
-    num_blocks = args.num_gpu_blocks_override or min(
-        most_blocks, _kv_bytes(args, device, _weight_bytes(model, dtype, device), env) // block_bytes
-    )
     max_num_batched_tokens = args.max_num_batched_tokens or (512 if device.kind == "cpu" else 8192)
+    work_bytes = _work_bytes(model, dtype, max_num_batched_tokens, max_num_seqs) if device.kind == "cuda" else 0
+    num_blocks = args.num_gpu_blocks_override or min(
+        most_blocks, _kv_bytes(args, device, _weight_bytes(model, dtype, device), work_bytes, env) // block_bytes
+    )
     chunk = max_num_batched_tokens if args.enable_chunked_prefill else model_len
     max_model_len = _fit_context(args, groups, num_blocks, block_size, model_len, block_bytes, chunk, warnings)
     if not args.enable_chunked_prefill:
@@ -389,7 +394,17 @@ def _parse_cpus(text: str, device: DeviceFacts) -> tuple[int, ...]:
 
 
 def _weight_bytes(model: ModelFacts, dtype: str, device: DeviceFacts) -> int:
+    if device.kind == "cuda":
+        keeps = device.keeps_formats and dtype != "float32"
+        return int(TILES_OVER_FILE * model.weight_bytes["stored"]) if keeps else model.weight_bytes[dtype]
     return model.weight_bytes["stored" if device.keeps_formats else dtype]
+
+
+def _work_bytes(model: ModelFacts, dtype: str, max_num_tokens: int, max_num_seqs: int) -> int:
+    """What a GPU computes in at most: the activations of a step, those of captured steps, logits and what is sampled
+    from them, and what libraries take for themselves."""
+    token_bytes = model.token_numbers * DTYPE_BYTES[dtype]
+    return (max_num_tokens + max_num_seqs) * token_bytes + 4 * max_num_seqs * model.vocab_size * 4 + LIBRARY_BYTES
 
 
 def _context_length(args: EngineArgs, longest: int) -> int:
@@ -413,7 +428,9 @@ def _block_bytes(block_size: int, kv_layers: Sequence[KVLayer], dtype: str) -> i
     return block_size * max(layer_bytes) * max(len(group.layer_ids) for group in make_groups(kv_layers))
 
 
-def _kv_bytes(args: EngineArgs, device: DeviceFacts, weight_bytes: int, env: Environment) -> int:
+def _kv_bytes(
+    args: EngineArgs, device: DeviceFacts, weight_bytes: int, work_bytes: int, env: Environment
+) -> int:
     """Memory for the KV cache, before it is cut to what the requests can use at most."""
     asked, source = args.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
     if not asked and device.kind == "cpu":
@@ -428,7 +445,14 @@ def _kv_bytes(args: EngineArgs, device: DeviceFacts, weight_bytes: int, env: Env
         return asked
     share = 0.25 * (device.free_bytes - weight_bytes)
     if device.kind == "cuda":
-        share = args.gpu_memory_utilization * device.free_bytes - weight_bytes - GIB  # 1 GiB to compute in
+        share = args.gpu_memory_utilization * device.free_bytes - weight_bytes - work_bytes
+        if share <= 0:
+            raise ConfigError(
+                f"the weights need {weight_bytes / GIB:.1f} GiB and a step {work_bytes / GIB:.1f} GiB, of "
+                f"{device.free_bytes / GIB:.1f} GiB that are free on {device.name} "
+                f"{args.gpu_memory_utilization:.0%} may be used; lower --max-num-batched-tokens or --max-num-seqs, "
+                "raise --gpu-memory-utilization, or use a quantised model"
+            )
     if share <= 0:
         raise ConfigError(
             f"the weights need {weight_bytes / GIB:.1f} GiB and {device.name} has {device.free_bytes / GIB:.1f} GiB "

@@ -211,3 +211,22 @@ def test_threads_and_processors() -> None:
 def test_a_machine_that_cannot(args: dict[str, Any], env: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         decide(args, device=replace(CPU, cpus=(0, 1, 2, 3)), env=Environment(**env))
+
+
+GPU = DeviceFacts("cuda", "a GPU", free_bytes=12 * GIB, has_fast_bf16=True, num_cores=4, keeps_formats=True)
+BIG = replace(MODEL, weight_bytes={**WEIGHTS, "stored": GIB}, token_numbers=100_000, vocab_size=1 << 17)
+
+
+@pytest.mark.parametrize(("dtype", "weights"), [("bfloat16", int(1.06 * GIB)), ("float32", 4 * GIB)])
+def test_the_cache_of_a_gpu(dtype: str, weights: int) -> None:
+    config = decide({"dtype": dtype, "max_num_seqs": 1000}, BIG, GPU)
+    size = 4 if dtype == "float32" else 2
+    work = (8192 + 1000) * 100_000 * size + 16 * 1000 * (1 << 17) + GIB // 2
+    assert config.cache.block_size == 64
+    assert config.cache.num_blocks == int(0.9 * 12 * GIB - weights - work) // (64 * 2 * 4 * 64 * size * 8)
+
+
+def test_a_gpu_that_is_too_small_says_what_would_fit() -> None:
+    message = "weights need 1.1 GiB and a step .* of 4.0 GiB .* 90% .*max-num-batched-tokens"
+    with pytest.raises(ConfigError, match=message):
+        decide({"max_num_seqs": 1000}, BIG, replace(GPU, free_bytes=4 * GIB))

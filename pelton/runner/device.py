@@ -11,6 +11,7 @@ import torch
 
 from pelton.config import DeviceConfig, DeviceFacts
 from pelton.errors import ConfigError
+from pelton.ops import gpu
 from pelton.ops.native import native
 
 
@@ -24,7 +25,8 @@ def probe_device(kind: str) -> DeviceFacts:
     if kind == "cuda" or (kind == "auto" and has_cuda):
         free_bytes, _ = torch.cuda.mem_get_info()
         capability = torch.cuda.get_device_capability()
-        return DeviceFacts("cuda", torch.cuda.get_device_name(), free_bytes, capability >= (8, 0), num_cores)
+        name, has_bf16 = torch.cuda.get_device_name(), capability >= (8, 0)
+        return DeviceFacts("cuda", name, free_bytes, has_bf16, num_cores, keeps_formats=not gpu.why_not())
     has_kernels = native is not None
     fast = native.has_bf16_dot() if native is not None else _torch_has_fast_bf16()
     return DeviceFacts("cpu", _cpu_name(), _free_memory(), fast, num_cores, cpus, has_kernels)

@@ -23,7 +23,7 @@ from pelton.ops.recording import Recorder
 from pelton.runner.batch import BatchBuffers
 from pelton.runner.kv_cache import KVCache
 
-SIZES = (1, 2, 4, *range(8, 128, 8), *range(128, 256, 16), *range(256, 1025, 32))  # requests of a CUDA graph
+SIZES = (1, 2, 4, 8, 16, 24, 32, *range(48, 128, 16), *range(128, 1025, 32))  # requests of a CUDA graph
 
 
 class Captured(ABC):

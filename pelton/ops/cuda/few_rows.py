@@ -113,7 +113,8 @@ def _cut(num_rows: int, num_out: int, num_in: int, is_dense: bool, processors: i
         wide = tiles > 4 * processors
         warps, mt, ahead, split = (16, 2, 3, 1) if few else (4, 2, 3, 1) if wide else (8, 1, 3, 1)
     elif nt == 4:
-        warps, mt, ahead, split = (8, 4, 2, 2) if few and deep else (8, 2, 3, 1) if few else (4, 4, 2, 1)
+        wide = tiles > 4 * processors
+        warps, mt, ahead, split = (8, 2, 3, 1) if few and not deep else (4 if wide else 8, 4, 2, 2 if few else 1)
     else:
         warps, mt, ahead, split = (4, 2, 2, 2 if few and deep else 1)
     return _Shape(nt, mt, warps, split, ahead)
