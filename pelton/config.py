@@ -19,7 +19,9 @@ LIBRARY_BYTES = GIB // 2  # what CUDA's libraries and split sums take at most
 TILES_OVER_FILE = 1.06  # quantised weights on a GPU, whose sub-scales take whole bytes
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPE_NAMES = {"auto": "auto", "half": "float16", "float": "float32", **{name: name for name in DTYPE_BYTES}}
-KV_DTYPES = ("auto", *DTYPE_BYTES, "int8")
+FP8 = "float8_e4m3fn"
+KV_BYTES = {**DTYPE_BYTES, FP8: 1}
+KV_DTYPES = ("auto", *DTYPE_BYTES, "int8", "fp8")
 ACTIVATIONS = ("auto", "int8", "bf16", "fp32")
 DEFAULT_MODEL = "smollm2-135m-instruct"
 KINDS: dict[str, tuple[Any, str]] = {  # of an option, by its annotation
@@ -69,7 +71,7 @@ class EngineArgs:
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
     num_threads: int | None = None
-    kv_cache_dtype: str = "auto"  # "auto": the compute dtype; "bfloat16", "float16", "float32", "int8"
+    kv_cache_dtype: str = "auto"  # "auto": the compute dtype; one of KV_DTYPES
     cpu_activations: str = "auto"  # what products with quantised weights round their input to: ACTIVATIONS
 
     def __post_init__(self) -> None:
@@ -83,7 +85,8 @@ class EngineArgs:
             raise ConfigError(f"--dtype {self.dtype} is unknown; choose one of {', '.join(DTYPE_NAMES)}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"--device {self.device} is unknown; choose auto, cpu or cuda")
-        self.kv_cache_dtype = DTYPE_NAMES.get(self.kv_cache_dtype, self.kv_cache_dtype)
+        names = {**DTYPE_NAMES, "fp8_e4m3": "fp8"}
+        self.kv_cache_dtype = names.get(self.kv_cache_dtype, self.kv_cache_dtype)
         if self.kv_cache_dtype not in KV_DTYPES:
             raise ConfigError(
                 f"--kv-cache-dtype {self.kv_cache_dtype} is unknown; choose one of {', '.join(KV_DTYPES)}"
@@ -186,6 +189,7 @@ class DeviceFacts:
     has_fast_bf16: bool
     num_cores: int  # that this process may use, by affinity and quota
     cpus: tuple[int, ...] = ()  # the processors it may run on, one of each core first
+    has_float8: bool = False  # keys and values can be kept in float8
     keeps_formats: bool = False  # weights stay in the precision of their file (on a GPU not in float32)
 
 
@@ -252,7 +256,7 @@ class CacheConfig:
     num_blocks: int
     groups: tuple[KVGroup, ...]
     enable_prefix_caching: bool
-    dtype: str = "float32"  # of keys and values: of DTYPE_BYTES, or "int8" with a float32 scale for each head and token
+    dtype: str = "float32"  # of keys and values: of KV_BYTES, or "int8" with a float32 scale for each head and token
 
 
 @dataclass(frozen=True)
@@ -300,7 +304,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
     dtype = _choose_dtype(args, model.dtype, device, notes)
     max_num_seqs = args.max_num_seqs or (64 if device.kind == "cpu" else 256)
     model_len = _context_length(args, model.max_len)
-    kv_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
+    kv_dtype = _choose_kv_dtype(args, dtype, device)
     block_size = args.block_size or (64 if device.kind == "cuda" else 16)
     block_bytes = _block_bytes(block_size, model.kv_layers, kv_dtype)
     groups = make_groups(model.kv_layers)
@@ -345,6 +349,17 @@ def _choose_dtype(args: EngineArgs, trained: str, device: DeviceFacts, notes: li
         dtype, reason = "float32", f"{device.name} has no fast bfloat16"
     notes.append(f"dtype {dtype}: {reason}")
     return dtype
+
+
+def _choose_kv_dtype(args: EngineArgs, dtype: str, device: DeviceFacts) -> str:
+    if args.kv_cache_dtype == "fp8":
+        if not device.has_float8:
+            raise ConfigError(
+                f"--kv-cache-dtype fp8: {device.name} does not convert it; GPUs from compute capability 8.9 on do. "
+                "Use int8"
+            )
+        return FP8
+    return dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
 
 
 def _device_config(args: EngineArgs, device: DeviceFacts, env: Environment) -> DeviceConfig:
@@ -422,7 +437,7 @@ def _context_length(args: EngineArgs, longest: int) -> int:
 def _block_bytes(block_size: int, kv_layers: Sequence[KVLayer], dtype: str) -> int:
     """Bytes of one block: keys and values of `block_size` tokens in each layer of one group."""
     def head_bytes(size: int) -> int:
-        return size + 4 if dtype == "int8" else size * DTYPE_BYTES[dtype]
+        return size + 4 if dtype == "int8" else size * KV_BYTES[dtype]
 
     layer_bytes = {2 * layer.num_kv_heads * head_bytes(layer.head_size) for layer in kv_layers}
     return block_size * max(layer_bytes) * max(len(group.layer_ids) for group in make_groups(kv_layers))

@@ -124,7 +124,7 @@ def test_weights_beyond_the_memory() -> None:
 @pytest.mark.parametrize(
     "args",
     [{"dtype": "int3"}, {"device": "tpu"}, {"tensor_parallel_size": 2}, {"block_size": 12}, {"block_size": 0},
-     {"kv_cache_dtype": "fp8"}, {"cpu_activations": "int4"},
+     {"kv_cache_dtype": "fp4"}, {"cpu_activations": "int4"},
      {"gpu_memory_utilization": 0.0}, {"max_num_seqs": 0}, {"max_model_len": -5}, {"max_model_len": "128"}],
 )
 def test_arguments_that_cannot_work(args: dict[str, Any]) -> None:
@@ -230,3 +230,11 @@ def test_a_gpu_that_is_too_small_says_what_would_fit() -> None:
     message = "weights need 1.1 GiB and a step .* of 4.0 GiB .* 90% .*max-num-batched-tokens"
     with pytest.raises(ConfigError, match=message):
         decide({"max_num_seqs": 1000}, BIG, replace(GPU, free_bytes=4 * GIB))
+
+
+def test_float8_for_keys_and_values() -> None:
+    big = decide({"kv_cache_dtype": "fp8_e4m3", "kv_cache_memory_bytes": GIB >> 3}, BIG, replace(GPU, has_float8=True))
+    half = decide({"kv_cache_memory_bytes": GIB >> 3}, BIG, GPU)
+    assert (big.cache.dtype, big.cache.num_blocks) == ("float8_e4m3fn", 2 * half.cache.num_blocks)
+    with pytest.raises(ConfigError, match="--kv-cache-dtype fp8: a GPU does not convert it; .* Use int8"):
+        decide({"kv_cache_dtype": "fp8"}, BIG, GPU)

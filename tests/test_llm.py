@@ -233,7 +233,7 @@ def test_options_are_checked(tiny_model_path: Path, caplog: pytest.LogCaptureFix
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"enable_lora": True}, "LoRA is not in this version"), ({"kv_cache_dtype": "fp8"}, "choose one of auto"),
+    [({"enable_lora": True}, "LoRA is not in this version"), ({"kv_cache_dtype": "fp4"}, "choose one of auto"),
      ({"reasoning_parser": "qwen3"}, "reasoning_parser: parsing of reasoning"), ({"task": "embed"}, "task embed")],
 )
 def test_what_vllm_has_and_pelton_has_not_is_refused(options: dict[str, Any], says: str) -> None:

@@ -44,7 +44,7 @@ ENGINE_FLAGS = {
     "kv_cache_memory_bytes": "memory for the KV cache, in bytes [what is left]",
     "num_gpu_blocks_override": "number of blocks in the KV cache [as many as fit]",
     "num_threads": "threads to compute with on a CPU [OMP_NUM_THREADS, else the cores]",
-    "kv_cache_dtype": "what keys and values are kept in: auto, float32, bfloat16, float16, int8",
+    "kv_cache_dtype": "what keys and values are kept in: auto, float32, bfloat16, float16, int8, fp8 (some GPUs)",
     "cpu_activations": "precision of products with quantised weights on a CPU: auto, int8, bf16, fp32",
 }
 SAMPLING_FLAGS = {

@@ -48,17 +48,6 @@ class Request:
         """Known tokens that are still to be computed."""
         return len(self.token_ids) - self.num_computed
 
-    @property
-    def needs_results(self) -> bool:
-        """Whether a token must be known before work for the next can be prepared."""
-        params = self.spec.params
-        penalises = params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty
-        return bool(
-            penalises or self.spec.grammar is not None or self.spec.bad_words_token_ids or params.min_tokens
-            or params.logits_processors or params.thinking_token_budget is not None
-            or params.prompt_logprobs is not None
-        )
-
     def ends_at(self, num_tokens: int) -> bool:
         """Whether the request has ended, whatever its tokens are, when it has so many."""
         return num_tokens - self.num_prompt >= self.max_tokens or num_tokens >= self.max_model_len

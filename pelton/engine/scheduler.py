@@ -149,7 +149,7 @@ class Scheduler:
         can_admit = self._waiting and len(self._running) < self._max_running
         if can_admit or len(live) != len(self._running):
             return None
-        if any(not chunk.sample or request.needs_results for request, chunk in live):
+        if any(not chunk.sample or request.spec.needs_results for request, chunk in live):
             return None
         starts = [(request, chunk.start + chunk.num_tokens) for request, chunk in live]
         starts = [(request, start) for request, start in starts if not request.ends_at(start + 1)]

@@ -28,6 +28,22 @@ class EngineRequest:
     cache_salt: str = ""  # requests share cached prefixes only within one salt
     arrival_time: float = 0.0  # seconds, time.monotonic()
 
+    @property
+    def is_constrained(self) -> bool:
+        """Whether what its next token is held to changes from token to token."""
+        params = self.params
+        return bool(
+            self.grammar is not None or self.bad_words_token_ids or params.min_tokens or params.logits_processors
+            or params.thinking_token_budget is not None
+        )
+
+    @property
+    def needs_results(self) -> bool:
+        """Whether a token must be known before work for the next can be prepared."""
+        params = self.params
+        penalises = params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty
+        return bool(self.is_constrained or penalises or params.prompt_logprobs is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

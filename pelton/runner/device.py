@@ -26,10 +26,12 @@ def probe_device(kind: str) -> DeviceFacts:
         free_bytes, _ = torch.cuda.mem_get_info()
         capability = torch.cuda.get_device_capability()
         name, has_bf16 = torch.cuda.get_device_name(), capability >= (8, 0)
-        return DeviceFacts("cuda", name, free_bytes, has_bf16, num_cores, keeps_formats=not gpu.why_not())
+        has_kernels = not gpu.why_not()
+        has_float8 = has_kernels and capability >= (8, 9)
+        return DeviceFacts("cuda", name, free_bytes, has_bf16, num_cores, (), has_float8, has_kernels)
     has_kernels = native is not None
     fast = native.has_bf16_dot() if native is not None else _torch_has_fast_bf16()
-    return DeviceFacts("cpu", _cpu_name(), _free_memory(), fast, num_cores, cpus, has_kernels)
+    return DeviceFacts("cpu", _cpu_name(), _free_memory(), fast, num_cores, cpus, keeps_formats=has_kernels)
 
 
 def use_cpu(config: DeviceConfig, isa: str | None) -> str:

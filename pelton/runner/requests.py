@@ -17,18 +17,7 @@ class RequestState:
         self.tables: list[list[int]] = [[] for _ in range(num_groups)]  # block ids, for each KV group
         self.row: SampleRow | None = None  # made by the sampler
         self.grammar: GrammarState | None = None  # made by the sampler when the request has a grammar
-        params = request.params
-        self.is_constrained = (  # what its next token is held to changes from token to token
-            request.grammar is not None or bool(request.bad_words_token_ids) or params.min_tokens > 0
-            or bool(params.logits_processors) or params.thinking_token_budget is not None
-        )
-
-    @property
-    def needs_results(self) -> bool:
-        """Whether its newest token must be known before it can be sampled for again."""
-        params = self.request.params
-        penalises = params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty
-        return bool(self.is_constrained or penalises or params.prompt_logprobs is not None)
+        self.is_constrained, self.needs_results = request.is_constrained, request.needs_results
 
     @property
     def output_ids(self) -> list[int]:

@@ -85,4 +85,4 @@ def test_prompt_logprobs_of_a_chunk_computed_again_are_not_doubled() -> None:
      ({"min_tokens": 2}, True), ({"repetition_penalty": 1.2}, True), ({"prompt_logprobs": 1}, True)],
 )
 def test_what_must_be_known_before_the_next_step(params: dict[str, Any], needs: bool) -> None:
-    assert make_request([1], **params).needs_results is needs
+    assert make_request([1], **params).spec.needs_results is needs
