@@ -54,7 +54,7 @@ def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Eng
     sizes = weight_bytes(files) if files.weights else bytes_in_memory(_count_weights(architecture, files))
     facts = ModelFacts(
         files.config["torch_dtype"], context_length(files.config), kv_layers, sizes,
-        _token_numbers(files, kv_layers), Fields(files.config).int("vocab_size", low=1),
+        *_work_sizes(files, kv_layers),
     )
     machine = probe_device(args.device)
     env = Environment.read()
@@ -91,14 +91,18 @@ def _count_weights(architecture: type[Model], files: ModelFiles) -> int:
     return checkpoint.num_weights
 
 
-def _token_numbers(files: ModelFiles, kv_layers: Sequence[KVLayer]) -> int:
-    """What a forward pass holds at once for each token: the residual stream and what is normalised and added to it, the
-    heads and what attention makes of them, the feed-forward layer's halves and their product."""
+def _work_sizes(files: ModelFiles, kv_layers: Sequence[KVLayer]) -> tuple[int, int, int]:
+    """Numbers that a forward pass holds at once for each token, the vocabulary's size, and the largest weight's.
+
+    For each token: the residual stream and what is normalised and added to it, the heads and what attention makes of
+    them, the feed-forward layer's halves and their product.
+    """
     fields = Fields(files.config)
     heads = fields.int("num_attention_heads", 8, low=1)
     attention = max((2 * heads + 2 * layer.num_kv_heads) * layer.head_size for layer in kv_layers)
     hidden = fields.int("hidden_size", low=1)
-    return 4 * hidden + attention + 3 * fields.int("intermediate_size", 4 * hidden, low=1)
+    inner, vocab_size = fields.int("intermediate_size", 4 * hidden, low=1), fields.int("vocab_size", low=1)
+    return 4 * hidden + attention + 3 * inner, vocab_size, hidden * max(vocab_size, 2 * inner)
 
 
 def _info(config: EngineConfig, why_eager: str) -> EngineInfo:

@@ -16,7 +16,7 @@ from pelton.errors import ConfigError
 
 GIB = 1 << 30
 LIBRARY_BYTES = GIB // 2  # what CUDA's libraries and split sums take at most
-TILES_OVER_FILE = 1.06  # quantised weights on a GPU, whose sub-scales take whole bytes
+TILES_OVER_FILE = 1.1  # quantised weights on a GPU, whose sub-scales take whole bytes
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPE_NAMES = {"auto": "auto", "half": "float16", "float": "float32", **{name: name for name in DTYPE_BYTES}}
 FP8 = "float8_e4m3fn"
@@ -212,6 +212,7 @@ class ModelFacts:
     weight_bytes: Mapping[str, int]  # size of the weights in memory for each dtype; "stored": as in the file
     token_numbers: int = 0  # that a forward pass holds at once for each token
     vocab_size: int = 0
+    largest_weight: int = 0  # numbers
 
 
 @dataclass(frozen=True)
@@ -419,7 +420,10 @@ def _work_bytes(model: ModelFacts, dtype: str, max_num_tokens: int, max_num_seqs
     """What a GPU computes in at most: the activations of a step, those of captured steps, logits and what is sampled
     from them, and what libraries take for themselves."""
     token_bytes = model.token_numbers * DTYPE_BYTES[dtype]
-    return (max_num_tokens + max_num_seqs) * token_bytes + 4 * max_num_seqs * model.vocab_size * 4 + LIBRARY_BYTES
+    logits_bytes = 4 * max_num_seqs * model.vocab_size * 4
+    is_quantised = dtype != "float32" and model.weight_bytes.get("stored", 0) < 0.8 * model.weight_bytes[dtype]
+    opened_bytes = 2 * model.largest_weight * DTYPE_BYTES[dtype] if is_quantised else 0  # for steps of many tokens
+    return (max_num_tokens + max_num_seqs) * token_bytes + logits_bytes + opened_bytes + LIBRARY_BYTES
 
 
 def _context_length(args: EngineArgs, longest: int) -> int:

@@ -160,7 +160,9 @@ class Scheduler:
             request.kv.grow(start + 1)
             first = start // self._cache.block_size
             chunks.append(Chunk(request.request_id, start, 1, first, request.kv.entries(first), sample=True))
-        gone, self._gone = tuple(self._gone), []
+        running = {chunk.request_id for chunk in plan.chunks}  # of which the runner may still need all it knows
+        gone = tuple(request_id for request_id in self._gone if request_id not in running)
+        self._gone = [request_id for request_id in self._gone if request_id in running]
         self._count(chunks)
         return StepPlan(self._num_steps, (), tuple(chunks), gone)
 

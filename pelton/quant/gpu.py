@@ -103,7 +103,7 @@ class Tiled(OnGPU):
         return few_rows.open_tiles(self.tiles, self.dtype, ids, scale)
 
 
-class Ordered(LinearWeight):
+class Ordered(OnGPU):
     """A weight whose column k belongs to input order[k] (GPTQ's act-order)."""
 
     def __init__(self, weight: OnGPU, order: Tensor) -> None:
@@ -111,12 +111,18 @@ class Ordered(LinearWeight):
         self.order = order
         self.shape = weight.shape
 
+    def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
+        self.weight.write(x.index_select(1, self.order), out, bias, accumulate)
+
+    def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
+        return self.weight.gated(x.index_select(1, self.order), bias, gate)
+
+    def operand(self, x: Tensor) -> Tensor:
+        return self.dequantize()
+
     def dequantize(self) -> Tensor:
         weight = self.weight.dequantize()
         return torch.empty_like(weight).index_copy_(1, self.order, weight)
-
-    def matmul(self, x: Tensor, bias: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
-        return self.weight.matmul(x.index_select(1, self.order), bias, add_to)
 
 
 class Column(OnGPU):
@@ -149,17 +155,18 @@ def pack(weight: LinearWeight, dtype: torch.dtype) -> LinearWeight:
         runs = [list(run) for _, run in groupby(weight.parts, key=_kind)]
         parts = [part for run in runs for part in _join(run, dtype)]
         return parts[0] if len(parts) == 1 else Column(parts)
-    if isinstance(weight, Int) and weight.order is not None:
-        unordered = Int(weight.bits, weight.codes, weight.scales, weight.zeros)
-        return Ordered(_join([unordered], dtype)[0], weight.order)
     return _join([weight], dtype)[0]
 
 
 def _join(parts: Sequence[LinearWeight], dtype: torch.dtype) -> list[OnGPU]:
     """Parts of one kind as one weight, or each alone where tiles do not fit together."""
+    first = parts[0]
+    if isinstance(first, Int) and first.order is not None:  # alone: `_kind` puts it with no other
+        unordered = Int(first.bits, first.codes, first.scales, first.zeros)
+        return [Ordered(_join([unordered], dtype)[0], first.order)]
     if len(parts) > 1 and any(part.shape[0] % ROWS for part in parts[:-1]):
         return [joined for part in parts for joined in _join([part], dtype)]
-    if isinstance(parts[0], Dense) or parts[0].shape[1] % COLUMNS:
+    if isinstance(first, Dense) or first.shape[1] % COLUMNS:
         return [Numbers(torch.cat([part.dequantize().to(dtype) for part in parts]))]
     return [Tiled(make_tiles(_concatenate([_codes(part) for part in parts])), dtype)]
 

@@ -16,13 +16,13 @@ CHUNK = 1 << 24  # codes packed at once
 
 
 def make_tiles(parts: Codes) -> Tiles:
-    """Pack. Groups must have 16 or 32 columns, or a multiple of 64, but that the last may be shorter."""
+    """Pack. Groups must have 16 or 32 columns or a multiple of 64, all as many; or there is only one."""
     num_out, num_in = parts.codes.shape
     num_groups = parts.scales.shape[1]
-    group = -(-num_in // num_groups)
+    group = num_in // num_groups
     if num_groups == 1:
         group = -(-num_in // COLUMNS) * COLUMNS
-    if group not in (16, 32) and group % COLUMNS:
+    if (group not in (16, 32) and group % COLUMNS) or (num_groups > 1 and num_in % num_groups):
         raise ValueError(f"groups of {group} columns do not fit into tiles")
     step = max(ROWS, CHUNK // num_in // ROWS * ROWS)
     packed = [_pack_codes(parts.codes[i : i + step], parts.bits, group == 16) for i in range(0, num_out, step)]

@@ -61,11 +61,16 @@ class BatchBuffers:
         self.device = self.host
         if kv.device.type != "cpu":  # while one is on its way to the device, the other is filled
             self.device, self._other = Inputs.make(*sizes, kv.device), Inputs.make(*sizes, torch.device("cpu"))
+        self._sent: torch.cuda.Event | None = None  # when what `host` held is on the device; and the other
+        self._other_sent: torch.cuda.Event | None = None
 
     def fill(self, chunks: Sequence[Chunk], states: Sequence[RequestState]) -> tuple[int, list[int]]:
         """Write the chunks, in their order; `states` are those of the chunks' requests. Returns the number of tokens
         and where each chunk starts (and the last ends)."""
         self.host, self._other = self._other, self.host
+        self._sent, self._other_sent = self._other_sent, self._sent
+        if self._sent is not None:
+            self._sent.synchronize()
         token_ids: list[int] = []
         positions: list[int] = []
         starts, context_lens = [0], []
@@ -108,6 +113,8 @@ class BatchBuffers:
         if self.device is not self.host:
             size = self.host.size(num_requests)
             self.device.memory[:size].copy_(self.host.memory[:size], non_blocking=True)
+            self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._sent.record()
 
     def batch(self, num_tokens: int, num_requests: int, prompts: Sequence[tuple[int, int]] = ()) -> Batch:
         """The first tokens and requests, on the cache's device, as they were uploaded last or will be. prompts: see

@@ -66,9 +66,10 @@ class Graphs(Captured):
         self._model = model
         self._sizes = [size for size in SIZES if size < max_requests] + [max_requests]
         self._pool = torch.cuda.graph_pool_handle()
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        for size in reversed(self._sizes):  # smaller ones fit into the memory of larger ones
-            self._captured[size] = self._capture(size)
+        # All graphs leave their results here: nothing of their own memory is kept, so that they share it.
+        hidden = model.forward(self.buffers.batch(max_requests, max_requests))
+        self._hidden, self._logits = hidden, model.logits(hidden)
+        self._captured = {size: self._capture(size) for size in reversed(self._sizes)}
 
     def takes(self, chunks: Sequence[Chunk]) -> bool:
         return all(chunk.num_tokens == 1 and chunk.sample for chunk in chunks)
@@ -82,15 +83,15 @@ class Graphs(Captured):
             inputs = self.buffers.device
             known = previous.index_select(0, inputs.previous_rows[:num_tokens])
             torch.clamp(known, min=0, out=inputs.token_ids[:num_tokens])  # codes in place of tokens end their requests
-        graph, hidden, logits = self._captured[size]
-        graph.replay()
-        return hidden[:num_tokens], logits[:num_sampled]
+        self._captured[size].replay()
+        return self._hidden[:num_tokens], self._logits[:num_sampled]
 
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
         batch = self.buffers.batch(size, size)  # of no request: nothing but the null block is written
         self._model.logits(self._model.forward(batch))  # compiles what is not compiled yet
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             hidden = self._model.forward(batch)
-            logits = self._model.logits(hidden)
-        return graph, hidden, logits
+            self._hidden[:size].copy_(hidden)
+            self._logits[:size].copy_(self._model.logits(hidden))
+        return graph

@@ -62,6 +62,9 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the plan's chunks. Safe to repeat: it writes the same slots and the same tokens again."""
         states = self.requests.update(plan)
+        for chunk, state in zip(plan.chunks, states, strict=True):
+            if chunk.sample:  # a step that was begun ahead may have noted what stands for a token
+                del state.token_ids[chunk.start + chunk.num_tokens :]
         result = StepResult(plan.step_id)
         if not plan.chunks:
             return result

@@ -61,8 +61,8 @@ def _codes(shape: Shape, most: int, generator: torch.Generator) -> Tensor:
 
 
 def _scales(shape: Shape, group: int, value: float, generator: torch.Generator) -> Tensor:
-    """Around `value`, and exact in float16: [N, K / group]."""
-    groups = shape[0], -(-shape[1] // group)
+    """Around `value`, and exact in float16: [N, K / group], in smaller groups where these do not divide K."""
+    groups = shape[0], shape[1] // math.gcd(shape[1], group)
     random = torch.rand(groups, device=generator.device, generator=generator) + 0.5
     return (random * value).half().float()
 
@@ -88,6 +88,8 @@ def _nf4(shape: Shape, scale: float, generator: torch.Generator) -> LinearWeight
 
 def _q4_k(shape: Shape, scale: float, generator: torch.Generator) -> LinearWeight:
     """Blocks with random codes: scales around 32 times d, and minima that centre them."""
+    if shape[1] % 256:
+        return _int4(shape, scale, generator)
     blocks = _codes((shape[0] * shape[1] // 256, 144), 256, generator)
     d = torch.tensor([scale / 4.6 / 32, scale / 4.6 / 32 * 7.5], dtype=torch.float16).view(torch.uint8)
     blocks[:, :4] = d.to(blocks.device)

@@ -132,3 +132,17 @@ def test_a_waiting_request_is_admitted_although_steps_are_begun_ahead(ahead: Eng
     ahead.step()
     ahead.submit(EngineRequest(1, [2] * 5, SamplingParams(max_tokens=9)))
     assert [[u.request_id for u in ahead.step()] for _ in range(3)][-1] == [0, 1]
+
+
+def test_a_request_that_ended_is_gone_only_when_no_step_needs_it(ahead: EngineCore) -> None:
+    ahead.runner.scripts = {0: [7], 1: [5, 5, 5, 5, 5]}
+    for request_id in range(2):
+        params = SamplingParams(max_tokens=5)
+        ahead.submit(EngineRequest(request_id, [request_id] * 5, params, eos_token_ids=(7,)))
+    first, second = ahead.step(), ahead.step()  # request 0 ends in the first; the second was begun with it
+    assert [u.finish_reason for u in first] == ["stop", None] and [u.request_id for u in second] == [1]
+    plan, _ = ahead._ahead or pytest.fail("no step was begun ahead")
+    assert plan.gone == () and ahead.runner.request_ids == {0, 1}
+    ahead.step()
+    ahead.step()
+    assert ahead.runner.request_ids == {1}

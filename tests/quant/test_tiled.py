@@ -86,3 +86,8 @@ def test_tiles_hold_the_codes(parts: Codes) -> None:
 def test_groups_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="groups of 96 columns"):
         make_tiles(codes(4, 96, num_in=192))
+
+
+def test_groups_of_different_sizes() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        make_tiles(codes(4, 128, num_in=576))
