@@ -24,19 +24,11 @@ MAX_DENSE_ROWS = 4  # more are multiplied as fast by torch
 
 
 class OnGPU(LinearWeight):
-    """A weight on a GPU."""
+    """A weight on a GPU: what it computes, it writes."""
 
     def matmul(self, x: Tensor, bias: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
         out = x.new_empty(x.shape[0], self.shape[0]) if add_to is None else add_to
         self.write(x, out, bias, accumulate=add_to is not None)
-        return out
-
-    def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
-        weight = self.operand(x)
-        if not few_rows.accepts_gated(x, weight) or (isinstance(weight, Tensor) and x.shape[0] > MAX_DENSE_ROWS):
-            return None
-        out = x.new_empty(x.shape[0], self.shape[0] // 2)
-        few_rows.multiply(x, weight, out, bias, gate=gate)
         return out
 
     def logits(self, x: Tensor) -> Tensor:
@@ -44,10 +36,26 @@ class OnGPU(LinearWeight):
         self.write(x, out, None, accumulate=False)
         return out
 
+    @abstractmethod
     def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
         """matmul into `out` [T, N], whose rows may be part of longer ones."""
-        weight = self.operand(x)
-        if few_rows.accepts(x, weight) and (isinstance(weight, Tiles) or x.shape[0] <= MAX_DENSE_ROWS):
+
+
+class Whole(OnGPU):
+    """A weight in one layout."""
+
+    operand: Tensor | Tiles  # what is multiplied with
+
+    def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
+        if not self._is_for_few(x) or not few_rows.accepts_gated(x, self.operand):
+            return None
+        out = x.new_empty(x.shape[0], self.shape[0] // 2)
+        few_rows.multiply(x, self.operand, out, bias, gate=gate)
+        return out
+
+    def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
+        weight = self.operand
+        if self._is_for_few(x) and few_rows.accepts(x, weight):
             few_rows.multiply(x, weight, out, bias, accumulate)
             return
         numbers = few_rows.open_tiles(weight, x.dtype) if isinstance(weight, Tiles) else weight
@@ -62,20 +70,17 @@ class OnGPU(LinearWeight):
             if bias is not None:
                 out.add_(bias)
 
-    @abstractmethod
-    def operand(self, x: Tensor) -> Tensor | Tiles:
-        """What x is multiplied with."""
+    def _is_for_few(self, x: Tensor) -> bool:
+        """Whether x has so few rows that torch is not as fast."""
+        return isinstance(self.operand, Tiles) or x.shape[0] <= MAX_DENSE_ROWS
 
 
-class Numbers(OnGPU):
+class Numbers(Whole):
     """A weight in the compute dtype."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight = weight  # [N, K]
+        self.operand = self.weight = weight  # [N, K]
         self.shape = (weight.shape[0], weight.shape[1])
-
-    def operand(self, x: Tensor) -> Tensor:
-        return self.weight
 
     def dequantize(self) -> Tensor:
         return self.weight
@@ -84,17 +89,14 @@ class Numbers(OnGPU):
         return rows.embed(ids, self.weight, scale)
 
 
-class Tiled(OnGPU):
+class Tiled(Whole):
     """A quantised weight, at file precision."""
 
     def __init__(self, tiles: Tiles, dtype: torch.dtype) -> None:
         """dtype: what the weight is opened to."""
-        self.tiles = tiles
+        self.operand = self.tiles = tiles
         self.shape = tiles.shape
         self.dtype = dtype
-
-    def operand(self, x: Tensor) -> Tiles:
-        return self.tiles
 
     def dequantize(self) -> Tensor:
         return few_rows.open_tiles(self.tiles, self.dtype)
@@ -117,9 +119,6 @@ class Ordered(OnGPU):
     def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
         return self.weight.gated(x.index_select(1, self.order), bias, gate)
 
-    def operand(self, x: Tensor) -> Tensor:
-        return self.dequantize()
-
     def dequantize(self) -> Tensor:
         weight = self.weight.dequantize()
         return torch.empty_like(weight).index_copy_(1, self.order, weight)
@@ -138,12 +137,6 @@ class Column(OnGPU):
             columns = slice(start, start + part.shape[0])
             part.write(x, out[:, columns], None if bias is None else bias[columns], accumulate)
             start += part.shape[0]
-
-    def operand(self, x: Tensor) -> Tensor | Tiles:
-        return self.dequantize()
-
-    def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
-        return None
 
     def dequantize(self) -> Tensor:
         return torch.cat([part.dequantize() for part in self.parts])

@@ -87,6 +87,8 @@ class BatchBuffers:
         query_starts[: len(starts)] = starts
         query_starts[len(starts) :] = num_tokens
         self.host.context_lens.numpy()[: len(chunks)] = context_lens
+        sampled = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.sample]
+        self.host.sampled_rows.numpy()[: len(sampled)] = sampled
         for group_id, group in enumerate(self.host.groups):
             self._fill_group(group, chunks, [state.tables[group_id] for state in states], starts)
         return num_tokens, starts

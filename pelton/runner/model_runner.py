@@ -72,7 +72,6 @@ class ModelRunner:
         buffers = self.buffers if graph is None else graph.buffers
         num_tokens, starts = buffers.fill(plan.chunks, states)
         sampled = [i for i, chunk in enumerate(plan.chunks) if chunk.sample]
-        buffers.host.sampled_rows.numpy()[: len(sampled)] = [starts[i + 1] - 1 for i in sampled]
         if graph is not None:
             hidden, logits = graph.run(num_tokens, len(sampled))
         else:
@@ -81,7 +80,9 @@ class ModelRunner:
             if state.request.params.prompt_logprobs is not None and chunk.start < state.num_prompt:
                 self._score_prompt(hidden[start : start + chunk.num_tokens], chunk, state, result)
         if sampled:
-            self._sample(logits, [plan.chunks[i] for i in sampled], [states[i] for i in sampled], result)
+            sampled_states = [states[i] for i in sampled]
+            samples = self.sampler(sampled_states, logits)
+            _note(samples, [plan.chunks[i] for i in sampled], sampled_states, result)
         return result
 
     @torch.inference_mode()
@@ -100,7 +101,6 @@ class ModelRunner:
             _, logits = self.graph.run(num_tokens, num_tokens, None if previous is None else previous[0])
         elif previous is None:
             _, starts = self.buffers.fill(plan.chunks, states)
-            self.buffers.host.sampled_rows.numpy()[: len(states)] = [end - 1 for end in starts[1:]]
             _, logits = self._forward(plan.chunks, starts, len(states))
         else:
             return None
@@ -131,12 +131,6 @@ class ModelRunner:
         if num_sampled == 0:
             return hidden, hidden[:0]
         return hidden, self.model.logits(ops.select_rows(hidden, self.buffers.device.sampled_rows[:num_sampled]))
-
-    def _sample(
-        self, logits: Tensor, chunks: list[Chunk], states: list[RequestState], result: StepResult
-    ) -> None:
-        """Sample the next token of each chunk, but of those that have failed."""
-        _note(self.sampler(states, logits), chunks, states, result)
 
     def _score_prompt(self, hidden: Tensor, chunk: Chunk, state: RequestState, result: StepResult) -> None:
         """Log-probabilities of the prompt's tokens that the chunk's hidden states predict."""

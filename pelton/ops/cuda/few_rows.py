@@ -26,8 +26,7 @@ class _Args(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "out", "x", "codes", "more", "scales", "supers", "values", "bias", "partial", "arrived",
-            "ids")),
+            "out", "x", "codes", "more", "scales", "supers", "values", "bias", "partial", "arrived", "ids")),
         *((name, ctypes.c_int) for name in ("M", "N", "K", "out_stride", "x_stride", "accumulate")),
         ("factor", ctypes.c_float),
     ]
@@ -71,8 +70,7 @@ def multiply(
     if gate:
         shape = replace(shape, MT=2, SPLIT=1)
     defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "OUT32": int(out.dtype == torch.float32),
-               "GATE": GATES[gate],
-               **vars(shape)}
+               "GATE": GATES[gate], **vars(shape)}
     partial, arrived = _scratch(x.device)
     args = _pointers(weight)
     args.out, args.x, args.bias = out.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr()
@@ -106,14 +104,12 @@ def _cut(num_rows: int, num_out: int, num_in: int, is_dense: bool, processors: i
     as it reads x for each tile."""
     nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
     tiles = -(-num_out // ROWS)
-    few, deep = tiles <= 2 * processors, num_in >= 8192
+    few, wide, deep = tiles <= 2 * processors, tiles > 4 * processors, num_in >= 8192
     if is_dense:
         warps, mt, ahead, split = 8, 1, 4 if few else 2, 1
     elif nt <= 2:
-        wide = tiles > 4 * processors
         warps, mt, ahead, split = (16, 2, 3, 1) if few else (4, 2, 3, 1) if wide else (8, 1, 3, 1)
     elif nt == 4:
-        wide = tiles > 4 * processors
         warps, mt, ahead, split = (8, 2, 3, 1) if few and not deep else (4 if wide else 8, 4, 2, 2 if few else 1)
     else:
         warps, mt, ahead, split = (4, 2, 2, 2 if few and deep else 1)

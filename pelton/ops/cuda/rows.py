@@ -6,7 +6,6 @@ Arithmetic is in float32, whatever the dtype of activations. Rows may be strided
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pelton import ops
-from pelton.ops.cuda.launch import OVERLAP, on_gpu, wait_for_inputs
+from pelton.ops.cuda.launch import OVERLAP, has_float8, on_gpu, wait_for_inputs
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 TABLES = (*ACTIVATIONS, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -204,18 +203,12 @@ def accepts_embed(ids: Tensor, table: Tensor, scale: float = 1.0, dtype: torch.d
     """Rows of a dtype that the GPU converts."""
     return (
         on_gpu(table) and _is_ids(ids) and table.dim() == 2 and table.stride(1) == 1 and table.dtype in TABLES
-        and (table.dtype.itemsize > 1 or _converts_float8(table.device))
+        and (table.dtype.itemsize > 1 or has_float8(table.device))
     )
 
 
 def _is_ids(ids: Tensor) -> bool:
     return on_gpu(ids) and ids.dtype == torch.int64 and ids.dim() == 1 and ids.is_contiguous()
-
-
-@cache
-def _converts_float8(device: torch.device) -> bool:
-    """Whether Triton converts float8_e4m3fn on a device: from compute capability 8.9 on."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 # --- positions and the cache -----------------------------------------------------------------------------------------
