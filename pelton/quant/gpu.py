@@ -5,9 +5,10 @@ codes are opened into numbers, which cost little beside the product.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -45,18 +46,21 @@ class Whole(OnGPU):
     """A weight in one layout."""
 
     operand: Tensor | Tiles  # what is multiplied with
+    then: Tensor | Tiles | None = None  # what is multiplied with after it in a step
 
     def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
-        if not self._is_for_few(x) or not few_rows.accepts_gated(x, self.operand):
+        if _order is not None or not self._is_for_few(x) or not few_rows.accepts_gated(x, self.operand):
             return None
         out = x.new_empty(x.shape[0], self.shape[0] // 2)
-        few_rows.multiply(x, self.operand, out, bias, gate=gate)
+        few_rows.multiply(x, self.operand, out, bias, gate=gate, then=self.then)
         return out
 
     def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
         weight = self.operand
+        if _order is not None:
+            _order.append(self)
         if self._is_for_few(x) and few_rows.accepts(x, weight):
-            few_rows.multiply(x, weight, out, bias, accumulate)
+            few_rows.multiply(x, weight, out, bias, accumulate, then=self.then)
             return
         numbers = few_rows.open_tiles(weight, x.dtype) if isinstance(weight, Tiles) else weight
         if accumulate:
@@ -66,13 +70,30 @@ class Whole(OnGPU):
         elif out.dtype == x.dtype:
             torch.addmm(bias, x, numbers.T, out=out) if bias is not None else torch.mm(x, numbers.T, out=out)
         else:
-            out.copy_(torch.mm(x, numbers.T, out_dtype=out.dtype))
+            torch.mm(x, numbers.T, out_dtype=out.dtype, out=out)
             if bias is not None:
                 out.add_(bias)
 
     def _is_for_few(self, x: Tensor) -> bool:
         """Whether x has so few rows that torch is not as fast."""
         return isinstance(self.operand, Tiles) or x.shape[0] <= MAX_DENSE_ROWS
+
+
+_order: list[Whole] | None = None
+
+
+@contextmanager
+def noting_order() -> Iterator[None]:
+    """A step runs in this context: its weights note which is multiplied after which. (A gate is not fused in it.)"""
+    global _order
+    noted: list[Whole] = []
+    _order = noted
+    try:
+        yield
+    finally:
+        _order = None
+    for weight, then in pairwise([*noted, *noted[:1]]):
+        weight.then = then.operand
 
 
 class Numbers(Whole):

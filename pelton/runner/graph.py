@@ -62,13 +62,16 @@ class Graphs(Captured):
     """On a GPU."""
 
     def __init__(self, model: Model, kv: KVCache, max_requests: int, max_blocks: int) -> None:
+        from pelton.quant.gpu import noting_order  # its kernels need Triton
+
         self.buffers = BatchBuffers(kv, max_requests, max_requests, max_blocks)
         self._model = model
         self._sizes = [size for size in SIZES if size < max_requests] + [max_requests]
         self._pool = torch.cuda.graph_pool_handle()
         # All graphs leave their results here: nothing of their own memory is kept, so that they share it.
-        hidden = model.forward(self.buffers.batch(max_requests, max_requests))
-        self._hidden, self._logits = hidden, model.logits(hidden)
+        with noting_order():
+            hidden = model.forward(self.buffers.batch(max_requests, max_requests))
+            self._hidden, self._logits = hidden, model.logits(hidden)
         self._captured = {size: self._capture(size) for size in reversed(self._sizes)}
 
     def takes(self, chunks: Sequence[Chunk]) -> bool:

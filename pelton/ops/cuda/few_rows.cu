@@ -27,7 +27,9 @@ struct Args {
     float* partial;       // [N / (16 MT)][SPLIT][16 MT][8 NT]
     u32* arrived;         // [N / (16 MT)] zeros, zeros again when done
     const long long* ids;  // [M] rows to open; or null: all
+    const u8* next;        // of what is read after this, on its way when this is done
     int M, N, K, out_stride, x_stride, accumulate;
+    u32 next_bytes;        // for each block: a multiple of 16
     float factor;          // of opened weights
 };
 
@@ -332,6 +334,16 @@ __device__ __forceinline__ void let_next_begin() {
 #endif
 }
 
+// Ask for this block's share of what is read next: kernels between two products leave the memory idle.
+__device__ __forceinline__ void prefetch_next(const Args& a) {
+#if __CUDA_ARCH__ >= 900
+    if (a.next_bytes && threadIdx.x == 0) {
+        const u8* begin = a.next + u64(blockIdx.y * gridDim.x + blockIdx.x) * a.next_bytes;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(begin), "r"(a.next_bytes) : "memory");
+    }
+#endif
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_constant__ Args a) {
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so that the compiler knows it is one for all lanes
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -379,6 +391,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
     }
 
     let_next_begin();  // not before: what waits would take the place of what reads
+    prefetch_next(a);
     // Sums of all warps: [warp][row][column of x], then of all blocks.
     constexpr int rows = 16 * MT, columns = 8 * NT, padded = columns + 1;
     extern __shared__ float shared[];

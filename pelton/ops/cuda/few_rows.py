@@ -17,6 +17,7 @@ from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 MAX_ROWS = 64
 MAX_SPLIT = 8
 MAX_GATED_ROWS = 16
+PREFETCHED = 16 << 20  # bytes of the next weight: what fits into a cache and is read in a pause
 GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -26,8 +27,8 @@ class _Args(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "out", "x", "codes", "more", "scales", "supers", "values", "bias", "partial", "arrived", "ids")),
-        *((name, ctypes.c_int) for name in ("M", "N", "K", "out_stride", "x_stride", "accumulate")),
+            "out", "x", "codes", "more", "scales", "supers", "values", "bias", "partial", "arrived", "ids", "next")),
+        *((name, ctypes.c_int) for name in ("M", "N", "K", "out_stride", "x_stride", "accumulate", "next_bytes")),
         ("factor", ctypes.c_float),
     ]
 
@@ -61,10 +62,12 @@ def accepts_gated(x: Tensor, weight: Tensor | Tiles) -> bool:
 
 
 def multiply(
-    x: Tensor, weight: Tensor | Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False, gate: str = ""
+    x: Tensor, weight: Tensor | Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False,
+    gate: str = "", then: Tensor | Tiles | None = None,
 ) -> None:
     """out = x W^T (+ bias), or added to out. x [M, K]; weight: W [N, K] in x's dtype, or tiles; out [M, N] in x's dtype
-    or float32; bias in x's dtype. With a gate ("silu", "gelu_tanh") W is [gate | up]: out [M, N / 2] = gate(..) up."""
+    or float32; bias in x's dtype. With a gate ("silu", "gelu_tanh") W is [gate | up]: out [M, N / 2] = gate(..) up.
+    `then`: the weight that is multiplied after this one. Its first bytes are brought into the cache meanwhile."""
     num_out, num_in = weight.shape
     shape = _cut(x.shape[0], num_out, num_in, isinstance(weight, Tensor), num_processors(x.device))
     if gate:
@@ -78,6 +81,10 @@ def multiply(
     args.M, args.N, args.K = x.shape[0], num_out, num_in
     args.out_stride, args.x_stride, args.accumulate = out.stride(0), x.stride(0), int(accumulate)
     blocks = -(-num_out // (ROWS * shape.MT))  # with a gate too: a block has a tile of either half
+    if then is not None:
+        codes = then if isinstance(then, Tensor) else then.codes
+        args.next = codes.data_ptr()
+        args.next_bytes = min(codes.nbytes, PREFETCHED) // (blocks * shape.SPLIT) // 16 * 16
     _function("few_rows", tuple(sorted(defines.items())), shape.shared_bytes, x.device).launch(
         (blocks, shape.SPLIT), 32 * shape.WARPS, args, x.device
     )
