@@ -27,7 +27,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pelton import ops
-from pelton.ops.cuda.launch import OVERLAP, has_float8, num_processors, on_gpu, shared_memory, wait_for_inputs
+from pelton.ops.cuda.launch import (
+    OVERLAP,
+    has_float8,
+    let_next_begin,
+    num_processors,
+    on_gpu,
+    shared_memory,
+    wait_for_inputs,
+    wait_for_previous,
+)
 
 PART = 128  # keys
 MAX_PARTS = 64
@@ -413,36 +422,41 @@ def _store_part(x, parts, sums, offsets, there):
 
 @triton.jit
 def _load_part(x, parts, offsets, there):
-    """What another program stored."""
+    """What another program stored; of rows that are not there, sums of nothing."""
     column = tl.arange(0, x.shape.WIDTH)[None, :]
-    maximum = tl.load(parts.sums.maximum + offsets, mask=there, other=0.0, cache_modifier=".cg")
-    total = tl.load(parts.sums.total + offsets, mask=there, other=1.0, cache_modifier=".cg")
+    maximum = tl.load(parts.sums.maximum + offsets, mask=there, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(parts.sums.total + offsets, mask=there, other=0.0, cache_modifier=".cg")
     pointers = parts.sums.weighted + offsets[:, None] * x.shape.HEAD_SIZE + column
     inside = there[:, None] & (column < x.shape.HEAD_SIZE)
     return Sums(maximum, total, tl.load(pointers, mask=inside, other=0.0, cache_modifier=".cg"))
 
 
 @triton.jit
-def _join_if_last(x, parts, place, share, num_stored, head, row, there, ROWS: tl.constexpr):
+def _join_if_last(x, parts, place, share, num_stored, ROWS: tl.constexpr):
     """Count the parts that this program stored; if they were the last of the token, join all and store its output."""
     first, last = place.first // place.keys, place.last // place.keys
     counter = parts.arrived + place.begin // share
     tl.debug_barrier()  # all of the program's threads have stored
     if tl.atomic_add(counter, num_stored, sem="acq_rel") + num_stored == last - first + 1:
-        sums = _no_sums(x, ROWS)
-        for part in tl.range(first, last + 1, num_stages=3):
-            sums = _join(sums, _load_part(x, parts, _part_offsets(x, parts, place, share, part, row), there))
-        _store_out(x, sums, place.token, head, there)
+        row = tl.arange(0, ROWS)
+        there = row < x.shape.GROUP
+        sums = _load_part(x, parts, _part_offsets(x, parts, place, share, first, row), there)
+        for begin in range(first + 1, last + 1, 4):
+            for i in tl.static_range(4):  # whose loads are under way together
+                part = begin + i
+                offsets = _part_offsets(x, parts, place, share, part, row)
+                sums = _join(sums, _load_part(x, parts, offsets, there & (part <= last)))
+        _store_out(x, sums, place.token, place.g * x.shape.GROUP + row, there)
         tl.store(counter, 0)
 
 
 @triton.jit(do_not_specialize=["num_requests", "few_rows"])
 def _decode_kernel(
     x, parts, num_requests, few_rows, PART: tl.constexpr, MAX_PARTS: tl.constexpr, REQUESTS: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ROWS: tl.constexpr, JOINED_ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):
     """Each program computes its share of the units."""
-    wait_for_inputs()
+    let_next_begin()
     ends, share = _line_up(x, num_requests, few_rows, PART, MAX_PARTS, REQUESTS)
     unit = tl.program_id(0) * share
     stop = tl.minimum(unit + share, tl.max(ends, 0))
@@ -454,8 +468,8 @@ def _decode_kernel(
         begin = tl.maximum(tl.cdiv(unit - place.origin, place.step) * place.keys, place.first // KEYS * KEYS)
         end = tl.minimum(tl.cdiv(until - place.origin, place.step) * place.keys, place.last + 1)
         is_shared = _is_shared(place, share)
-        head = place.g * x.shape.GROUP + row
-        query = _load_query(x, place.token, head, there)
+        wait_for_previous()  # what was read until here was there when the step began
+        query = _load_query(x, place.token, place.g * x.shape.GROUP + row, there)
         part, joined = _no_sums(x, ROWS), _no_sums(x, ROWS)
         for at in range(begin, end, KEYS):
             part = _add_span(
@@ -470,10 +484,11 @@ def _decode_kernel(
         if begin < end:
             if is_shared:
                 num_stored = (end - 1) // place.keys - begin // place.keys + 1
-                _join_if_last(x, parts, place, share, num_stored, head, row, there, ROWS)
+                _join_if_last(x, parts, place, share, num_stored, JOINED_ROWS)
             else:
-                _store_out(x, joined, place.token, head, there)
+                _store_out(x, joined, place.token, place.g * x.shape.GROUP + row, there)
         unit = until
+    wait_for_previous()  # a kernel that ends tells the next that all before it have
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------
@@ -536,7 +551,7 @@ def _compute_decodes(x: Inputs, requests: int) -> None:
     num_programs = min(most, MAX_PROGRAMS * num_processors(device))
     _decode_kernel[(num_programs,)](
         x, _parts(num_programs, min(max_units, MAX_PARTS), group, head_size, device), num_requests, few_rows, PART,
-        MAX_PARTS, requests, tiling.rows, min(tiling.keys, PART),
+        MAX_PARTS, requests, tiling.rows, triton.next_power_of_2(group), min(tiling.keys, PART),
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **OVERLAP,
     )
 

@@ -17,7 +17,7 @@ from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 MAX_ROWS = 64
 MAX_SPLIT = 8
 MAX_GATED_ROWS = 16
-PREFETCHED = 16 << 20  # bytes of the next weight: what fits into a cache and is read in a pause
+PREFETCHED = 8 << 20  # bytes of the next weight, as many as memory gives in a pause
 GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pelton import ops
-from pelton.ops.cuda.launch import OVERLAP, has_float8, on_gpu, wait_for_inputs
+from pelton.ops.cuda.launch import OVERLAP, has_float8, let_next_begin, on_gpu, wait_for_inputs, wait_for_previous
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 TABLES = (*ACTIVATIONS, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -323,9 +323,10 @@ def _rope_kernel(
     HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """A few heads of one token a program: of its queries, then of its keys, then of its values."""
-    wait_for_inputs()
+    let_next_begin()
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + token)
+    slot = tl.load(slots_ptr + token)  # there since the step began
+    wait_for_previous()
     row = qkv_ptr + token * qkv_stride
     cos, sin = cos_ptr + token * cos_stride, sin_ptr + token * sin_stride
     num_q, num_kv = tl.cdiv(num_heads, HEADS), tl.cdiv(num_kv_heads, HEADS)
