@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -45,7 +46,7 @@ def load(source: str, name: str, defines: Mapping[str, int], shared_bytes: int, 
     major, minor = torch.cuda.get_device_capability(device)
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "--device-int128",
                *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
-    image = _cubin((SOURCES / source).read_text(), source, options)
+    image = _cubin(_text(source), source, options)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes sure that the device has a context
@@ -54,6 +55,11 @@ def load(source: str, name: str, defines: Mapping[str, int], shared_bytes: int, 
         if shared_bytes > 48 << 10:
             _check(_driver().cuFuncSetAttribute(function, MAX_SHARED, shared_bytes), f"shared memory of {name}")
     return Function(function, shared_bytes)
+
+
+def _text(source: str) -> str:
+    """A source file, with the files of this folder that it includes."""
+    return re.sub(r'#include "(.*)"', lambda found: _text(found[1]), (SOURCES / source).read_text())
 
 
 def _cubin(text: str, source: str, options: Sequence[str]) -> bytes:

@@ -86,7 +86,7 @@ def test_codes(name: str, half: torch.dtype) -> None:
 def test_numbers(half: torch.dtype, num_out: int, num_in: int) -> None:
     torch.manual_seed(0)
     weight = torch.randn(num_out, num_in, device="cuda").to(half)
-    for num_rows in (1, 5, 8, 16, 40):
+    for num_rows in (1, 5, 8, 16, 40, 64):
         x = torch.randn(num_rows, num_in + 8, device="cuda").to(half)[:, :num_in]
         residual = torch.randn(num_rows, num_out, device="cuda").to(half)
         expected = x.double() @ weight.double().T + residual.double()
@@ -108,7 +108,7 @@ def test_gates(gate: str, name: str) -> None:
                                   if isinstance(value, Tensor)})
         weight, numbers = make_tiles(parts), parts.weights().double()
     act = torch.nn.functional.silu if gate == "silu" else partial(torch.nn.functional.gelu, approximate="tanh")
-    for num_rows in (1, 3, 16):
+    for num_rows in (1, 3, 16, 40):
         x = (torch.randn(num_rows, NUM_IN, device="cuda") * 0.05).to(half)
         out = torch.empty(num_rows, 48, device="cuda", dtype=half)
         few_rows.multiply(x, weight, out, gate=gate)
