@@ -44,7 +44,7 @@ class Function:
 def load(source: str, name: str, defines: Mapping[str, int], shared_bytes: int, device: torch.device) -> Function:
     """The function `name` of a source file of this folder, compiled with some definitions. DeviceError if it is not."""
     major, minor = torch.cuda.get_device_capability(device)
-    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "--device-int128",
+    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "--device-as-default-execution-space",
                *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
     image = _cubin(_text(source), source, options)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()

@@ -129,19 +129,14 @@ struct Piece {
 #endif
 };
 
-template <int bytes>
-__device__ __forceinline__ void copy(void* to, const u8* from) {
-    if constexpr (bytes % 16 == 0)
-        for (int i = 0; i < bytes / 16; ++i) ((uint4*)to)[i] = __ldg((const uint4*)from + i);
-    else if constexpr (bytes % 8 == 0)
-        for (int i = 0; i < bytes / 8; ++i) ((uint2*)to)[i] = __ldg((const uint2*)from + i);
-    else if constexpr (bytes % 4 == 0)
-        for (int i = 0; i < bytes / 4; ++i) ((u32*)to)[i] = __ldg((const u32*)from + i);
-    else
-        for (int i = 0; i < bytes / 2; ++i) ((u16*)to)[i] = __ldg((const u16*)from + i);
-}
+constexpr int PIECE_BYTES =
+    NUMBERS ? 64
+            : (BITS == 8 ? 32 : BITS >= 4 ? 16 : 0) + (BITS == 2 || BITS == 3 || BITS == 6 ? 8 : 0) +
+                  (BITS == 3 || BITS == 5 ? 4 : 0) + 2 * GROUPS * PER_GROUP * (SCALE / 8) + (SCALE == 8 ? 4 * PER_GROUP : 0);
 
-__device__ __forceinline__ void load(Piece& p, const Args& a, int tile, int block, int lane) {
+// Name to take(part, address) each part of a piece and where it lies.
+template <class Take>
+__device__ __forceinline__ void each_part(Piece& p, const Args& a, int tile, int block, int lane, Take take) {
     const int g = lane / 4, t = lane % 4;
     (void)t;
 #if NUMBERS
@@ -150,31 +145,40 @@ __device__ __forceinline__ void load(Piece& p, const Args& a, int tile, int bloc
         const int n = min(16 * tile + g + 8 * r, a.N - 1);
         const u8* row = a.codes + 2 * (u64(n) * a.K + 64 * block + 8 * t);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            p.numbers[r][h] = load_once(row + 64 * h);
-        }
+        for (int h = 0; h < 2; ++h) take(p.numbers[r][h], row + 64 * h);
     }
 #else
     const u64 at = (u64(tile) * (a.K / 64) + block) * 32 + lane;
 #if BITS >= 4
-    for (int i = 0; i < (BITS == 8 ? 2 : 1); ++i) p.codes[i] = load_once(a.codes + (at * (BITS == 8 ? 2 : 1) + i) * 16);
+    take(p.codes, a.codes + at * sizeof(p.codes));
 #endif
-    const u8* more = BITS >= 4 ? a.more : a.codes;
-    (void)more;
 #if BITS == 2 || BITS == 3 || BITS == 6
-    p.two = __ldg((const uint2*)more + at);
+    take(p.two, (BITS >= 4 ? a.more : a.codes) + at * 8);
 #endif
 #if BITS == 3 || BITS == 5
-    p.one = __ldg((const u32*)a.more + at);
+    take(p.one, a.more + at * 4);
 #endif
-    constexpr int bytes = sizeof(p.scales);
     const u64 group = GROUP >= 64 ? (u64(tile) * ((a.K + GROUP - 1) / GROUP) + 64 * block / GROUP)
                                   : u64(tile) * (a.K / 64) + block;
-    copy<bytes>(p.scales, a.scales + (group * 8 + g) * bytes);
+    take(p.scales, a.scales + (group * 8 + g) * sizeof(p.scales));
 #if SCALE == 8
-    copy<sizeof(p.supers)>(p.supers, a.supers + ((u64(tile) * (a.K / 256) + block / 4) * 8 + g) * sizeof(p.supers));
+    take(p.supers, a.supers + ((u64(tile) * (a.K / 256) + block / 4) * 8 + g) * sizeof(p.supers));
 #endif
 #endif
+}
+
+template <int bytes>
+__device__ __forceinline__ void copy(void* to, const u8* from) {
+    if constexpr (bytes % 16 == 0)
+        for (int i = 0; i < bytes / 16; ++i) ((uint4*)to)[i] = load_once(from + 16 * i);
+    else if constexpr (bytes % 8 == 0)
+        for (int i = 0; i < bytes / 8; ++i) ((uint2*)to)[i] = __ldg((const uint2*)from + i);
+    else
+        for (int i = 0; i < bytes / 4; ++i) ((u32*)to)[i] = __ldg((const u32*)from + i);
+}
+
+__device__ __forceinline__ void load(Piece& p, const Args& a, int tile, int block, int lane) {
+    each_part(p, a, tile, block, lane, [](auto& part, const u8* from) { copy<sizeof(part)>(&part, from); });
 }
 
 #if !NUMBERS
