@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -17,6 +17,7 @@ from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 MAX_ROWS = 64
 MAX_SPLIT = 8
 MAX_GATED_ROWS = 16
+MAX_INT8_ROWS = 16
 GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -28,7 +29,7 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (
             "out", "x", "codes", "more", "scales", "supers", "values", "bias", "partial", "arrived", "ids")),
         *((name, ctypes.c_int) for name in ("M", "N", "K", "out_stride", "x_stride", "accumulate")),
-        ("factor", ctypes.c_float),
+        ("factor", ctypes.c_float), ("x_scales", ctypes.c_void_p),
     ]
 
 
@@ -65,14 +66,42 @@ def multiply(
 ) -> None:
     """out = x W^T (+ bias), or added to out. x [M, K]; weight: W [N, K] in x's dtype, or tiles; out [M, N] in x's dtype
     or float32; bias in x's dtype. With a gate ("silu", "gelu_tanh") W is [gate | up]: out [M, N / 2] = gate(..) up."""
-    num_out, num_in = weight.shape
-    shape = _cut(x.shape[0], num_out, num_in, isinstance(weight, Tensor), num_processors(x.device))
+    shape = _cut(x.shape[0], *weight.shape, isinstance(weight, Tensor), num_processors(x.device))
     if gate:
         shape = replace(shape, MT=2, SPLIT=1)
-    defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "OUT32": int(out.dtype == torch.float32),
-               "GATE": GATES[gate], **vars(shape)}
-    partial, arrived = _scratch(x.device)
+    defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "GATE": GATES[gate]}
+    _launch(x, weight.shape, out, bias, accumulate, shape, defines, _pointers(weight))
+
+
+def accepts_int8(x: Tensor, out: Tensor, bias: Tensor | None) -> bool:
+    """Whether `multiply_int8` takes x [M, K], as far as it does not know the weight."""
+    same = out.dtype in HALVES if bias is not None else out.dtype in (*HALVES, torch.float32)
+    return x.shape[0] <= MAX_INT8_ROWS and same and x.shape[1] % (2 * COLUMNS) == 0
+
+
+def multiply_int8(
+    x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, out: Tensor, bias: Tensor | None = None,
+    accumulate: bool = False,
+) -> None:
+    """out = x W^T, times the scales of both rows (+ bias), or added to out; sums are exact. x int8 [M, K], its scales
+    float32 [M]; W int8 [N, K], its scales float32 [N]; out [M, N] in a half precision or float32; bias in the former.
+    """
+    x, weight = x.view(torch.int16), weight.view(torch.int16)  # pairs lie where the kernel has numbers
+    shape = _cut(x.shape[0], *weight.shape, True, num_processors(x.device))
+    defines = {**_layout(weight), "INT8": 1, "HALF": int(out.dtype == torch.float16), "GATE": 0}
     args = _pointers(weight)
+    args.scales, args.x_scales = scales.data_ptr(), x_scales.data_ptr()
+    _launch(x, weight.shape, out, bias, accumulate, shape, defines, args)
+
+
+def _launch(
+    x: Tensor, weight_shape: Sequence[int], out: Tensor, bias: Tensor | None, accumulate: bool, shape: _Shape,
+    layout: Mapping[str, int], args: _Args,
+) -> None:
+    """`args`: those of the weight."""
+    num_out, num_in = weight_shape
+    defines = {**layout, "OUT32": int(out.dtype == torch.float32), **vars(shape)}
+    partial, arrived = _scratch(x.device)
     args.out, args.x, args.bias = out.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr()
     args.partial, args.arrived = partial.data_ptr(), arrived.data_ptr()
     args.M, args.N, args.K = x.shape[0], num_out, num_in
@@ -118,10 +147,12 @@ def _cut(num_rows: int, num_out: int, num_in: int, is_dense: bool, processors: i
 
 def _layout(weight: Tensor | Tiles) -> Mapping[str, int]:
     if isinstance(weight, Tensor):
-        return {"NUMBERS": 1, "BITS": 16, "GROUP": 64, "SCALE": 16, "MIN": 0, "ZERO": 0, "LOOKUP": 0}
+        return {"NUMBERS": 1, "BITS": 16, "GROUP": 64, "SCALE": 16, "MIN": 0, "ZERO": 0, "LOOKUP": 0, "FLOAT8": 0,
+                "INT8": 0}
     return {
         "NUMBERS": 0, "BITS": weight.bits, "GROUP": weight.group, "SCALE": weight.scale_bits,
         "MIN": int(weight.has_min), "ZERO": weight.zero, "LOOKUP": int(weight.values.numel() > 0),
+        "FLOAT8": int(weight.float8), "INT8": 0,
     }
 
 
