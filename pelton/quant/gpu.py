@@ -178,8 +178,7 @@ def _join(parts: Sequence[LinearWeight], dtype: torch.dtype) -> list[OnGPU]:
         unordered = Int(first.bits, first.codes, first.scales, first.zeros)
         return [Ordered(_join([unordered], dtype)[0], first.order)]
     if isinstance(first, W8A8):
-        codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
-        return [Int8((codes - 128).view(torch.int8), scales.flatten(), dtype)]
+        return [Int8((first.codes - 128).view(torch.int8).contiguous(), first.scales.flatten(), dtype)]
     if len(parts) > 1 and any(part.shape[0] % ROWS for part in parts[:-1]):
         return [joined for part in parts for joined in _join([part], dtype)]
     if isinstance(first, Dense) or first.shape[1] % COLUMNS or dtype not in few_rows.HALVES:
@@ -191,8 +190,8 @@ def _kind(weight: LinearWeight) -> object:
     """Weights of one kind, one below the other, are one weight."""
     if isinstance(weight, Blocks):
         return weight.type.name
-    if isinstance(weight, Float8 | W8A8):
-        return type(weight), weight.group
+    if isinstance(weight, Float8):
+        return Float8, weight.group
     return id(weight)
 
 

@@ -108,7 +108,7 @@ class W8A8(Int):
     """Int8 with a scale for each row, whose input is rounded to int8 too, with a scale for each token.
 
     compressed-tensors' int8 with dynamic activations is lowered to this. Sums of integers are exact: no row of the
-    result depends on others. What a CPU rounds the input to is its own matter, as for all weights.
+    result depends on others. A packed weight on a CPU rounds its input as all weights do there, in blocks of 32 or not.
     """
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
@@ -180,4 +180,7 @@ def fuse(parts: Sequence[LinearWeight]) -> LinearWeight:
         return parts[0]
     if all(isinstance(part, Dense) for part in parts):
         return Dense(torch.cat([part.dequantize() for part in parts]))
+    if all(isinstance(part, W8A8) for part in parts):  # so that the input is rounded once
+        codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
+        return W8A8(codes, scales)
     return Stack(parts)

@@ -74,9 +74,8 @@ def multiply(
 
 
 def accepts_int8(x: Tensor, out: Tensor, bias: Tensor | None) -> bool:
-    """Whether `multiply_int8` takes x [M, K], as far as it does not know the weight."""
-    same = out.dtype in HALVES if bias is not None else out.dtype in (*HALVES, torch.float32)
-    return x.shape[0] <= MAX_INT8_ROWS and same and x.shape[1] % (2 * COLUMNS) == 0
+    """Whether `multiply_int8` takes x [M, K] and such a bias."""
+    return x.shape[0] <= MAX_INT8_ROWS and x.shape[1] % (2 * COLUMNS) == 0 and (bias is None or out.dtype in HALVES)
 
 
 def multiply_int8(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pelton.ops.cuda import int8
 from pelton.quant import gpu
-from pelton.quant.layout import W8A8, Float8, Stack
+from pelton.quant.layout import W8A8, Float8, Stack, fuse
 
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -58,11 +58,10 @@ def test_the_largest_sums_are_exact(device: torch.device) -> None:
     assert torch.equal(out.cpu(), sums.float() / 128)
 
 
-def test_parts_of_a_weight_are_one(device: torch.device) -> None:
-    """Packed for a GPU, w8a8 gives the numbers of its definition, float8 those of its own."""
+def test_a_packed_weight_gives_the_numbers_of_its_definition(device: torch.device) -> None:
     parts = [W8A8(torch.randint(0, 256, (n, 192), dtype=torch.uint8).to(device), torch.rand(n, 1).to(device))
              for n in (20, 16)]
-    packed = gpu.pack(Stack(parts), torch.float32)
+    packed = gpu.pack(fuse(parts), torch.float32)
     assert isinstance(packed, gpu.Int8)
     x = torch.randn(70, 192).to(device)
     assert torch.equal(packed.matmul(x), torch.cat([part.matmul(x) for part in parts], dim=1))
