@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pelton.ops.cuda import few_rows, rows
+from pelton import ops
+from pelton.ops.cuda import few_rows, int8, rows
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 from pelton.quant import CODED
 from pelton.quant.codes import Codes
-from pelton.quant.layout import Blocks, Codebook4, Dense, Int, LinearWeight, Stack
+from pelton.quant.layout import W8A8, Blocks, Codebook4, Dense, Float8, Int, LinearWeight, Stack
 from pelton.quant.tiled import make_tiles
 
 MAX_DENSE_ROWS = 4  # more are multiplied as fast by torch
@@ -126,6 +127,25 @@ class Tiled(Whole):
         return few_rows.open_tiles(self.tiles, self.dtype, ids, scale)
 
 
+class Int8(OnGPU):
+    """An int8 weight whose input is rounded to int8: whichever kernel multiplies, a row's bits are the same."""
+
+    def __init__(self, weight: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
+        """weight: int8 [N, K]; scales: float32 [N]; dtype: the compute dtype."""
+        self.weight = weight
+        self.scales = scales
+        self.shape = (weight.shape[0], weight.shape[1])
+        self.dtype = dtype
+
+    def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
+        numbers, x_scales = ops.quantize_rows(x)
+        multiply = few_rows.multiply_int8 if few_rows.accepts_int8(numbers, out, bias) else int8.multiply
+        multiply(numbers, x_scales, self.weight, self.scales, out, bias, accumulate)
+
+    def dequantize(self) -> Tensor:
+        return (self.weight * self.scales[:, None]).to(self.dtype)
+
+
 class Ordered(OnGPU):
     """A weight whose column k belongs to input order[k] (GPTQ's act-order)."""
 
@@ -178,16 +198,26 @@ def _join(parts: Sequence[LinearWeight], dtype: torch.dtype) -> list[OnGPU]:
     if isinstance(first, Int) and first.order is not None:  # alone: `_kind` puts it with no other
         unordered = Int(first.bits, first.codes, first.scales, first.zeros)
         return [Ordered(_join([unordered], dtype)[0], first.order)]
+    if isinstance(first, W8A8):
+        return [Int8((first.codes - 128).view(torch.int8).contiguous(), first.scales.flatten(), dtype)]
     if len(parts) > 1 and any(part.shape[0] % ROWS for part in parts[:-1]):
         return [joined for part in parts for joined in _join([part], dtype)]
-    if isinstance(first, Dense) or first.shape[1] % COLUMNS:
+    if isinstance(first, Dense) or first.shape[1] % COLUMNS or dtype not in few_rows.HALVES:
         return [Numbers(torch.cat([part.dequantize().to(dtype) for part in parts]))]
     return [Tiled(make_tiles(_concatenate([_codes(part) for part in parts])), dtype)]
 
 
 def _kind(weight: LinearWeight) -> object:
     """Weights of one kind, one below the other, are one weight."""
-    return weight.type.name if isinstance(weight, Blocks) else id(weight)
+    if isinstance(weight, Blocks):
+        return weight.type.name
+    if isinstance(weight, Float8):
+        return Float8, weight.group
+    if isinstance(weight, Codebook4):
+        return Codebook4, weight.group, tuple(weight.values.tolist())
+    if type(weight) is Int and weight.order is None:
+        return Int, weight.bits, weight.group, None if isinstance(weight.zeros, Tensor) else weight.zeros
+    return id(weight)
 
 
 def _codes(weight: LinearWeight) -> Codes:
@@ -198,6 +228,10 @@ def _codes(weight: LinearWeight) -> Codes:
         return _rows(blocks, weight.shape[0])
     if isinstance(weight, Codebook4):
         return Codes(4, weight.codes, weight.scales, values=tuple(weight.values.tolist()))
+    if isinstance(weight, Float8):
+        # Kernels take codes that are no numbers for some: then the group's scale is none.
+        broken = (weight.codes & 127 == 127).view(*weight.scales.shape, -1).any(-1)
+        return Codes(8, weight.codes, weight.scales.masked_fill(broken, torch.nan), float8=True)
     if not isinstance(weight, Int):
         raise TypeError(f"{type(weight).__name__} has no codes")
     scales, zeros = weight.scales.float(), weight.zeros

@@ -36,7 +36,7 @@ __device__ __forceinline__ void load(Columns& x, const Args& a, int block, int l
     }
 }
 
-__device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const Piece (&w)[MT], const Columns& columns,
+__device__ __forceinline__ void multiply(Sum (&sums)[MT][NT][4], const Piece (&w)[MT], const Columns& columns,
                                          const u32* table) {
     const u32(&x)[NT][4][2] = columns.words;
 #if NUMBERS
@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
     for (int i = 0; i < AHEAD; ++i)
         if (begin + i * step < num_blocks) load(columns_of[i], a, begin + i * step, lane);
 
-    float sums[MT][NT][4] = {};
+    Sum sums[MT][NT][4] = {};
     for (int block = begin; block < num_blocks; block += AHEAD * step) {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
@@ -143,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
     prefetch_next(a);
     // Sums of all warps: [warp][row][column of x], then of all blocks.
     constexpr int rows = 16 * MT, columns = 8 * NT, padded = columns + 1;
-    extern __shared__ float shared[];
+    extern __shared__ Sum shared[];
     for (int i = 0; i < MT; ++i)
         for (int n = 0; n < NT; ++n)
             for (int c = 0; c < 4; ++c)
@@ -161,10 +161,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
     }
     return;
 #endif
-    float* partial = a.partial + u64(blockIdx.x) * SPLIT * rows * columns;
+    Sum* partial = (Sum*)a.partial + u64(blockIdx.x) * SPLIT * rows * columns;
     for (int e = threadIdx.x; e < rows * columns; e += 32 * WARPS) {
         const int row = e % rows, m = e / rows;
-        float y = 0.0f;
+        Sum y = 0;
         for (int w = 0; w < WARPS; ++w) y += shared[(w * rows + row) * padded + m];
         if (SPLIT == 1)
             store(a, m, 16 * first_tile + row, y);
@@ -182,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
     for (int e = threadIdx.x; e < rows * columns; e += 32 * WARPS) {
         const int row = e % rows, m = e / rows;
         if (m >= a.M) break;
-        float y = 0.0f;
+        Sum y = 0;
         for (int p = 0; p < SPLIT; ++p) y += __ldcg(partial + p * rows * columns + e);
         store(a, m, 16 * first_tile + row, y);
     }

@@ -1,10 +1,12 @@
 // What the kernels over weights in tiles share: their arguments, and how a lane reads codes and scales (quant/tiled.py).
 //
 // w is numbers [N, K], or packed codes: unsigned integers u of BITS bits, for each group of columns with a scale d and a
-// minimum m or a fixed zero:  w = d u - m,  w = d (u - ZERO),  or with LOOKUP  w = d value[u].
+// minimum m or a fixed zero:  w = d u - m,  w = d (u - ZERO),  or with LOOKUP  w = d value[u]. With FLOAT8 codes of 8 bits
+// are float8_e4m3fn. With INT8 x and w are int8 numbers, two where one of 16 bits would lie (K counts these), each row of
+// either has a scale, and sums are exact.
 //
 // Defined when compiled: HALF (1: float16, 0: bfloat16), NUMBERS or BITS, GROUP, SCALE (16, 32: floats; 8: multiples of a
-// float16 for each 256 columns), MIN, ZERO, LOOKUP, OUT32; GATE (1: silu, 2: gelu by tanh): w is [gate | up], and
+// float16 for each 256 columns), MIN, ZERO, LOOKUP, FLOAT8, INT8, OUT32; GATE (1: silu, 2: gelu by tanh): w is [gate | up], and
 // out[m, n] = gate(..) up.
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -16,7 +18,7 @@ struct Args {
     const u16* x;         // [M, K], rows x_stride apart
     const u8* codes;      // numbers, or [N / 16][K / 64][lane] codes
     const u8* more;       // further bits of the codes, likewise
-    const u8* scales;     // [N / 16][K / GROUP][8 rows][row, row + 8][d (, m)]
+    const u8* scales;     // [N / 16][K / GROUP][8 rows][row, row + 8][d (, m)]; with INT8 [N] floats
     const u8* supers;     // [N / 16][K / 256][8 rows][row, row + 8][d (, m)] float16
     const float* values;  // [16], with LOOKUP
     const u16* bias;      // [N] of x's type, or null
@@ -26,7 +28,8 @@ struct Args {
     const u8* next;        // of what is read after this, on its way when this is done
     int M, N, K, out_stride, x_stride, accumulate;
     u32 next_bytes;        // for each block: a multiple of 16
-    float factor;          // of opened weights
+    float factor;            // of opened weights
+    const float* x_scales;  // [M], with INT8
 };
 
 #if HALF
@@ -35,10 +38,19 @@ struct Args {
 #define MMA_TYPE "bf16"
 #endif
 
-__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPE "." MMA_TYPE ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"
-                 "{%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+#if INT8
+typedef int Sum;
+#define SUM "+r"
+#define MMA "m16n8k32.row.col.s32.s8.s8.s32"
+#else
+typedef float Sum;
+#define SUM "+f"
+#define MMA "m16n8k16.row.col.f32." MMA_TYPE "." MMA_TYPE ".f32"
+#endif
+
+__device__ __forceinline__ void mma(Sum (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm volatile("mma.sync.aligned." MMA " {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : SUM(c[0]), SUM(c[1]), SUM(c[2]), SUM(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
@@ -187,9 +199,19 @@ __device__ __forceinline__ u32 code_pair(const Piece& p, int s, int j) {
     u32 u = 0;
 #if BITS == 8
     const u32 w = word(p.codes[s / 2], 2 * (s % 2) + j / 2);  // two pairs of bytes
+#if FLOAT8
+    // The sign is spread over a half, exponent and mantissa go where x's type has their lowest bits; then the exponent,
+    // which is too small by 8 or 120, is put right: exact, subnormal numbers too.
+    const u32 zero = 0x80008000u, power = HALF ? 0x5C005C00u : 0x7B807B80u;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(u) : "r"(w), "r"(j % 2 ? 0xB3A2u : 0x9180u));
+    u = HALF ? u << 7 & 0xBF80BF80u : u << 4 & 0x87F087F0u;
+    asm("fma.rn." MMA_TYPE "x2 %0, %0, %1, %2;" : "+r"(u) : "r"(power), "r"(zero));
+    return u;
+#else
     const float low = __uint_as_float(__byte_perm(w, 0x4B000000u, j % 2 ? 0x7442 : 0x7440)) - 8388608.0f - ZERO;
     const float high = __uint_as_float(__byte_perm(w, 0x4B000000u, j % 2 ? 0x7443 : 0x7441)) - 8388608.0f - ZERO;
     return to_pair(low, high);
+#endif
 #else
     u = MAGIC;
 #if BITS >= 4
@@ -244,8 +266,13 @@ __device__ __forceinline__ void operand(u32 (&a)[4], const Piece& w, int s, cons
 #endif
 }
 
-__device__ __forceinline__ void store(const Args& a, int m, int n, float y) {
+__device__ __forceinline__ void store(const Args& a, int m, int n, Sum sum) {
     if (m >= a.M || n >= a.N) return;
+#if INT8
+    float y = __fmul_rn(__fmul_rn(float(sum), a.x_scales[m]), ((const float*)a.scales)[n]);  // the same in int8.py
+#else
+    float y = sum;
+#endif
     if (a.bias) y += to_float(a.bias[n]);
     const u64 at = u64(m) * a.out_stride + n;
 #if OUT32
