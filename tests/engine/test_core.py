@@ -1,4 +1,4 @@
-"""EngineCore and run_isolated: one request's failure is its own."""
+"""EngineCore: one request's failure is its own."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from pelton.config import CacheConfig, KVGroup, SchedulerConfig
-from pelton.engine.core import EngineCore, run_isolated
+from pelton.engine.core import EngineCore
 from pelton.engine.fake import FakeRunner
 from pelton.engine.scheduler import Scheduler
-from pelton.engine.step import EngineRequest, StepPlan
+from pelton.engine.step import EngineRequest, StepPlan, StepResult
 from pelton.types import SamplingParams
 
 
@@ -65,13 +65,13 @@ def test_running_a_plan_twice_gives_the_same_result(core: EngineCore) -> None:
     assert not core.runner.faults
 
 
-def test_a_runner_that_fails_without_work_is_broken(core: EngineCore) -> None:
-    class Broken:
-        def run(self, plan: StepPlan) -> None:
-            raise RuntimeError("no device")
+def test_a_runner_that_fails_without_work_is_broken(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(plan: StepPlan) -> StepResult:
+        raise RuntimeError("no device")
 
+    monkeypatch.setattr(core.runner, "run", run)
     with pytest.raises(RuntimeError, match="no device"):
-        run_isolated(Broken(), StepPlan(1, (), (), ()))
+        core.step()
 
 
 class Ahead(FakeRunner):
