@@ -110,7 +110,7 @@ def _failure_of_gpu(error: BaseException, doing: str, remedy: str) -> DeviceErro
             torch.cuda.synchronize()
         except RuntimeError:  # and so will whatever is called next
             return DeviceLostError(
-                f"the GPU failed and does not answer this process again ({first_line(error)}); start the program again"
+                f"the GPU failed and does not answer again ({first_line(error)}); only a new process can use it"
             )
     return None
 

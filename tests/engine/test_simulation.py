@@ -176,6 +176,7 @@ class World:
 def test_every_request_gets_what_it_gets_alone(
     batch: int, make_engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pelton.engine.scheduler.CALM_STEPS", 4)  # steps are soon large enough to fail again
     for module in ("core", "scheduler"):  # they report each injected failure
         monkeypatch.setattr(logging.getLogger(f"pelton.engine.{module}"), "disabled", True)
     counts: Counter[str] = Counter()
