@@ -192,7 +192,7 @@ class Scheduler:
             self._max_tokens, self._num_calm = min(2 * self._max_tokens, self._config.max_num_batched_tokens), 0
 
     @property
-    def _is_short(self) -> bool:
+    def _is_reduced(self) -> bool:
         """Whether steps are smaller than they are meant to be."""
         return self._max_tokens < self._config.max_num_batched_tokens
 
@@ -247,7 +247,7 @@ class Scheduler:
             request = self._waiting[0]
             prefix = request.kv.find_prefix(request.token_ids, request.max_prefix)
             num_left = len(request.token_ids) - len(prefix[0]) * self._cache.block_size
-            if num_left > budget and not (self._config.enable_chunked_prefill or self._is_short):
+            if num_left > budget and not (self._config.enable_chunked_prefill or self._is_reduced):
                 return
             if not self._has_room(request, prefix):
                 return
@@ -286,7 +286,7 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult) -> list[Update]:
         """Apply what a step computed. Requests aborted meanwhile are no longer here: their results are dropped."""
         updates, self._aborted = self._aborted, []
-        if self._is_short and plan.chunks:
+        if self._is_reduced and plan.chunks:
             self._grow()
         for chunk in plan.chunks:
             request = self._requests.get(chunk.request_id)
