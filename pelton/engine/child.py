@@ -15,8 +15,9 @@ from queue import SimpleQueue
 
 from pelton.config import Environment
 from pelton.engine.host import host
-from pelton.engine.messages import Command, Message
+from pelton.engine.messages import Command, Failed, Message
 from pelton.engine.wire import FrameParser, WireError, encode
+from pelton.errors import PeltonError
 
 RECEIVE_BYTES = 1 << 18
 
@@ -39,6 +40,9 @@ def main(fd: int, builder: str) -> int:
 
     try:
         return 0 if host(builder, commands, send) else 1
+    except PeltonError as error:  # a device that is lost: whoever waits is told
+        send(Failed(error))
+        return 1
     except Exception:
         logging.getLogger(__name__).exception("the engine failed")
         return 1

@@ -1,7 +1,8 @@
 """What passes between a door and an engine that runs in another thread or process.
 
     door -> engine   Start (first, and once), then EngineRequest and Abort, in the end Close
-    engine -> door   Progress while it loads; Ready or Failed; then one Report for each turn of its loop
+    engine -> door   Progress while it loads; Ready or Failed; then one Report for each turn of its loop; Failed
+                     where that breaks down for a known reason
 
 All are plain data, so that `wire` can carry them between processes.
 """
@@ -63,7 +64,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The engine cannot start."""
+    """The engine cannot start, or not go on."""
 
     error: PeltonError
 

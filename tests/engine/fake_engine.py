@@ -19,10 +19,10 @@ from pelton.engine.host import Engine
 from pelton.engine.messages import EngineInfo
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import StepPlan, StepResult
-from pelton.errors import ModelFormatError
+from pelton.errors import DeviceLostError, ModelFormatError
 from pelton.types import OnProgress
 
-HANG, CRASH, FAIL = 101, 102, 103  # a step that lasts; an engine that fails; a request that fails
+HANG, CRASH, FAIL, LOST = 101, 102, 103, 104  # a step that lasts; an engine, a request, a device that fails
 
 
 class Runner(FakeRunner):
@@ -35,6 +35,8 @@ class Runner(FakeRunner):
                 time.sleep(60)
             if request.prompt_token_ids[0] == CRASH:
                 return None  # type: ignore[return-value]
+            if request.prompt_token_ids[0] == LOST:
+                raise DeviceLostError("the GPU failed and does not answer")
             if request.prompt_token_ids[0] == FAIL:
                 self.raises.add(request.request_id)
         return super().run(plan)
