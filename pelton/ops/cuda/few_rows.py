@@ -16,6 +16,7 @@ from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
 MAX_ROWS = 64
 MAX_INT8_ROWS = 16
+TABLE_BYTES = 10 << 10  # of a block's shared memory: what is not counted, and values that codes stand for
 MAX_SHARING = 4  # blocks for each multiprocessor, of those that share columns with others
 PREFETCHED = 8 << 20  # bytes of the next weight, as many as memory gives in a pause
 GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
@@ -195,8 +196,8 @@ def _cut_more(
     ]
     warps, split = min(cuts, key=cost)
     stage_bytes = _More(nt, mt, warps, split, 1, 1).shared_bytes(piece_bytes)
-    blocks = 2 if nt * mt <= 8 and shared_memory // 2 - 1024 >= 3 * stage_bytes else 1
-    stages = max(2, min(4, (shared_memory // blocks - 1024) // stage_bytes))
+    blocks = 2 if nt * mt <= 8 and shared_memory // 2 - TABLE_BYTES >= 3 * stage_bytes else 1
+    stages = max(2, min(4, (shared_memory // blocks - TABLE_BYTES) // stage_bytes))
     return _More(nt, mt, warps, split, stages, blocks)
 
 
