@@ -98,7 +98,7 @@ def multiply(
     `then`: the weight that is multiplied after this one. Its first bytes are brought into the cache meanwhile."""
     given = x.shape[0], *weight.shape, bool(gate)
     cut: _Few | _More
-    if x.shape[0] <= 8:
+    if _is_few(*given[:3], num_processors(x.device)):
         cut = _cut(*given, isinstance(weight, Tensor), num_processors(x.device))
     else:
         cut = _cut_more(*given, _piece_bytes(weight), num_processors(x.device), shared_memory(x.device))
@@ -164,6 +164,11 @@ def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, fact
     return out
 
 
+def _is_few(num_rows: int, num_out: int, num_in: int, processors: int) -> bool:
+    """Whether few_rows.cu is faster: to join sums through memory takes longer than a small weight."""
+    return num_rows <= 8 or (num_out <= 4 * ROWS * processors and num_in < 8192)
+
+
 @cache
 def _cut(num_rows: int, num_out: int, num_in: int, is_gated: bool, is_dense: bool, processors: int) -> _Few:
     """Enough warps to keep the memory busy: measured on an H200."""
@@ -172,8 +177,11 @@ def _cut(num_rows: int, num_out: int, num_in: int, is_gated: bool, is_dense: boo
     few, wide = tiles <= 2 * processors, tiles > 4 * processors
     if is_dense:
         return _Few(nt, 2 if is_gated else 1, 8, 1, 4 if few else 2)
-    mt, warps = (2, 16) if few else (2, 4) if wide else (1, 8)
-    return _Few(nt, 2 if is_gated else mt, warps, 1, 3)
+    if nt <= 2:
+        mt, warps = (2, 16) if few else (2, 4) if wide else (1, 8)
+    else:
+        mt, warps = 2, 8 if few and nt == 4 else 4
+    return _Few(nt, 2 if is_gated else mt, warps, 1, 3 if nt <= 4 else 2)
 
 
 @cache
