@@ -98,7 +98,7 @@ def multiply(
     `then`: the weight that is multiplied after this one. Its first bytes are brought into the cache meanwhile."""
     given = x.shape[0], *weight.shape, bool(gate)
     cut: _Few | _More
-    if _is_few(*given[:3], num_processors(x.device)):
+    if _is_few(x.shape[0], *weight.shape, num_processors(x.device)):
         cut = _cut(*given, isinstance(weight, Tensor), num_processors(x.device))
     else:
         cut = _cut_more(*given, _piece_bytes(weight), num_processors(x.device), shared_memory(x.device))
@@ -180,7 +180,7 @@ def _cut(num_rows: int, num_out: int, num_in: int, is_gated: bool, is_dense: boo
     if nt <= 2:
         mt, warps = (2, 16) if few else (2, 4) if wide else (1, 8)
     else:
-        mt, warps = 2, 8 if few and nt == 4 else 4
+        mt, warps = (2, 8 if few else 4) if nt == 4 else (1, 8)
     return _Few(nt, 2 if is_gated else mt, warps, 1, 3 if nt <= 4 else 2)
 
 
