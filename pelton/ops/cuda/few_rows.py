@@ -96,9 +96,10 @@ def multiply(
     """out = x W^T (+ bias), or added to out. x [M, K]; weight: W [N, K] in x's dtype, or tiles; out [M, N] in x's dtype
     or float32; bias in x's dtype. With a gate ("silu", "gelu_tanh") W is [gate | up]: out [M, N / 2] = gate(..) up.
     `then`: the weight that is multiplied after this one. Its first bytes are brought into the cache meanwhile."""
-    given = x.shape[0], *weight.shape, bool(gate)
+    num_rows, (num_out, num_in) = x.shape[0], weight.shape
+    given = num_rows, num_out, num_in, bool(gate)
     cut: _Few | _More
-    if _is_few(x.shape[0], *weight.shape, num_processors(x.device)):
+    if _is_few(num_rows, num_out, num_in, num_processors(x.device)):
         cut = _cut(*given, isinstance(weight, Tensor), num_processors(x.device))
     else:
         cut = _cut_more(*given, _piece_bytes(weight), num_processors(x.device), shared_memory(x.device))
