@@ -110,11 +110,13 @@ def _open_checkpoint(
     args: EngineArgs, files: ModelFiles, config: EngineConfig, on_progress: OnProgress | None
 ) -> Checkpoint:
     device, dtype = torch.device(config.device.kind), getattr(torch, config.model.dtype)
-    activations = config.device.activations
+    activations, deterministic = config.device.activations, config.device.deterministic
     if args.load_format == "dummy":
         layout = args.quantization if args.quantization in LAYOUTS else None
-        return DummyCheckpoint(files.config, dtype, device, args.seed, activations=activations, layout=layout)
-    return open_checkpoint(files, dtype, device, on_progress, activations)
+        return DummyCheckpoint(
+            files.config, dtype, device, args.seed, activations=activations, layout=layout, deterministic=deterministic
+        )
+    return open_checkpoint(files, dtype, device, on_progress, activations, deterministic)
 
 
 def _count_weights(architecture: type[Model], files: ModelFiles) -> int:

@@ -11,6 +11,11 @@ A waiting request does not preempt a running one, whatever its priority: it gets
 Where the memory did not hold a step, steps are smaller for a while (shrink), and the running requests of worst rank
 give up their blocks if there are more of them than tokens.
 
+With `deterministic` each token is always computed by the same kernel, as a GPU has one for chunks and one for at most
+FEW_TOKENS tokens of a request: prompts in chunks of more, unless they are no longer, what was generated in chunks of at
+most so many, should it be computed again. Of a prompt more than FEW_TOKENS are computed, whatever is found of it, and
+only blocks of prompts are shared. A prompt may have to wait for a step that has room for such a chunk.
+
 commit() goes by the plan it is given and skips requests that have ended meanwhile, and a block that is given back
 is written again only by a later plan. So a loop may plan step n + 1 while step n runs (schedule_ahead).
 """
@@ -24,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pelton.config import CacheConfig, SchedulerConfig, blocks_for
+from pelton.config import FEW_TOKENS, CacheConfig, SchedulerConfig, blocks_for
 from pelton.engine.block_pool import BlockPool
 from pelton.engine.kv_tables import KVTables
 from pelton.engine.request import Request
@@ -106,7 +111,7 @@ class Scheduler:
         if len(self._waiting) >= self._config.max_waiting:
             raise OverloadedError(f"the queue is full ({len(self._waiting)} requests wait); try again later")
         self._num_added += 1
-        kv = KVTables(self._pool, self._cache, spec.cache_salt)
+        kv = KVTables(self._pool, self._cache, spec.cache_salt, self._most_shared(num_prompt))
         request = Request(spec, (spec.priority, self._num_added), kv, max_tokens, max_model_len)
         self._requests[spec.request_id] = request
         insort(self._waiting, request, key=_rank)
@@ -177,9 +182,16 @@ class Scheduler:
         """Forget a plan of schedule_ahead(); what it would have computed is planned again."""
         self._gone += plan.gone
 
+    def can_cut(self, chunk: Chunk) -> bool:
+        """Whether half of a chunk can be computed without the rest."""
+        if self._config.deterministic and FEW_TOKENS < chunk.num_tokens <= 2 * FEW_TOKENS + 1:
+            return False
+        return chunk.num_tokens > 1
+
     def shrink(self, num_tokens: int) -> None:
         """A step of so many tokens did not fit the memory: for a while each has at most half of them."""
-        self._max_tokens, self._num_calm = max(1, min(self._max_tokens, num_tokens // 2)), 0
+        least = 2 * FEW_TOKENS + 1 if self._config.deterministic else 1  # of which the smallest chunk may consist
+        self._max_tokens, self._num_calm = max(least, min(self._max_tokens, num_tokens // 2)), 0
         logger.warning("a step of %d tokens did not fit the memory; the next have at most %d", num_tokens,
                        self._max_tokens)
         while len(self._running) > self._max_running:
@@ -214,13 +226,28 @@ class Scheduler:
         num_before, is_short = len(self._running), False
         for index, request in enumerate(self._running):  # preemption shortens the list behind the current request
             num_behind = len(self._running) - index - 1  # a token is kept for each of them
-            num_tokens = min(request.num_left, budget - num_behind)
+            num_tokens = self._num_next(request, request.num_computed, budget - num_behind)
+            if not num_tokens:
+                continue
             if self._make_room(request, num_tokens):
                 chunks.append(_chunk(request, num_tokens, request.num_computed // self._cache.block_size))
                 budget -= num_tokens
             else:
                 is_short = True
         return budget, is_short or len(self._running) < num_before
+
+    def _num_next(self, request: Request, start: int, room: int) -> int:
+        """How many of a request's tokens from `start` on the next step computes, of at most `room`; 0: it waits."""
+        num_left = min(len(request.token_ids) - start, room)
+        prompt_left = request.num_prompt - start
+        if not self._config.deterministic:
+            return num_left
+        if request.num_prompt <= FEW_TOKENS or prompt_left <= 0:
+            return min(num_left, FEW_TOKENS)
+        if prompt_left <= room:
+            return prompt_left
+        num_tokens = min(room, prompt_left - FEW_TOKENS - 1)  # what is left is to be a chunk too
+        return num_tokens if num_tokens > FEW_TOKENS else 0
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Give a running request blocks for its next tokens, preempting those that rank below it if need be."""
@@ -245,16 +272,28 @@ class Scheduler:
         """Admit waiting requests in order of rank, until one does not fit."""
         while self._waiting and budget and len(self._running) < self._max_running:
             request = self._waiting[0]
-            prefix = request.kv.find_prefix(request.token_ids, request.max_prefix)
-            num_left = len(request.token_ids) - len(prefix[0]) * self._cache.block_size
-            if num_left > budget and not (self._config.enable_chunked_prefill or self._is_reduced):
+            prefix = request.kv.find_prefix(request.token_ids, self._max_prefix(request))
+            start = len(prefix[0]) * self._cache.block_size
+            num_tokens, most = (self._num_next(request, start, room) for room in (budget, request.max_model_len))
+            if num_tokens < (1 if self._config.enable_chunked_prefill or self._is_reduced else most):
                 return
             if not self._has_room(request, prefix):
                 return
-            num_tokens = min(num_left, budget)
             self._admit(request, prefix, num_tokens, new)
             chunks.append(_chunk(request, num_tokens, 0))
             budget -= num_tokens
+
+    def _most_shared(self, num_prompt: int) -> int | None:
+        """Tokens of a request whose blocks others may find, or None: all."""
+        if not self._config.deterministic:
+            return None
+        return num_prompt if num_prompt > FEW_TOKENS else 0
+
+    def _max_prefix(self, request: Request) -> int:
+        """Tokens that may come from the prefix cache."""
+        if not self._config.deterministic:
+            return request.max_prefix
+        return min(request.max_prefix, request.num_prompt - FEW_TOKENS - 1)
 
     def _has_room(self, request: Request, prefix: list[list[int]]) -> bool:
         """Whether all tokens known of a request fit beside its prefix, not only its first chunk: a request that is

@@ -43,12 +43,15 @@ class Checkpoint:
         gguf: Architecture | None = None,
         on_progress: OnProgress | None = None,
         activations: str = "fp32",
+        deterministic: bool = False,
     ) -> None:
-        """activations: what products with packed weights round their input to, see quant/native.py."""
+        """activations: what products with packed weights round their input to, see quant/native.py. deterministic: on a
+        GPU, see quant/gpu.py."""
         self.config = dict(config)
         self.dtype = dtype
         self.device = device
         self.activations = activations
+        self.deterministic = deterministic
         self._tensors = tensors
         self._gguf = gguf
         self._on_progress = on_progress
@@ -99,7 +102,7 @@ class Checkpoint:
         """`weight` in the order that the device multiplies fastest."""
         if self.device.type == "cuda":
             self._kept.clear()
-            return weight if gpu.why_not() else _pack_on_gpu(weight, self.dtype)
+            return weight if gpu.why_not() else _pack_on_gpu(weight, self.dtype, self.deterministic)
         if self.device.type == "meta":
             return weight
         packed = pack(weight, self.activations, self.dtype)
@@ -170,16 +173,18 @@ class Checkpoint:
 
 def open_checkpoint(
     files: ModelFiles, dtype: torch.dtype, device: torch.device, on_progress: OnProgress | None = None,
-    activations: str = "fp32",
+    activations: str = "fp32", deterministic: bool = False,
 ) -> Checkpoint:
     """The checkpoint of a model on disk; `on_progress` is called after each tensor."""
-    return Checkpoint(files.config, dtype, device, files.tensors, files.gguf_architecture, on_progress, activations)
+    return Checkpoint(
+        files.config, dtype, device, files.tensors, files.gguf_architecture, on_progress, activations, deterministic
+    )
 
 
-def _pack_on_gpu(weight: LinearWeight, dtype: torch.dtype) -> LinearWeight:
+def _pack_on_gpu(weight: LinearWeight, dtype: torch.dtype, deterministic: bool) -> LinearWeight:
     from pelton.quant.gpu import pack as pack_on_gpu  # its kernels need Triton
 
-    return pack_on_gpu(weight, dtype)
+    return pack_on_gpu(weight, dtype, deterministic)
 
 
 def decode(stored: StoredTensor, dtype: torch.dtype, device: torch.device, interleaved_heads: int = 0) -> Tensor:

@@ -102,20 +102,20 @@ def accepts_norm(x: Tensor, weight: Tensor | Tiles) -> bool:
 
 def multiply(
     x: Tensor, weight: Tensor | Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False,
-    gate: str = "", norm: Norm | None = None, then: Tensor | Tiles | None = None,
+    gate: str = "", norm: Norm | None = None, then: Tensor | Tiles | None = None, same: bool = False,
 ) -> None:
     """out = x W^T (+ bias), or added to out. x [M, K]; weight: W [N, K] in x's dtype, or tiles; out [M, N] in x's dtype
     or float32; bias in x's dtype. With a gate ("silu", "gelu_tanh") W is [gate | up]: out [M, N / 2] = gate(..) up.
     With a norm rows of x are normalised first. `then`: the weight that is multiplied after this one; its first bytes
-    are brought into the cache meanwhile."""
+    are brought into the cache meanwhile. With `same`, a row has the same bits whatever the number of rows."""
     num_rows, (num_out, num_in) = x.shape[0], weight.shape
     given = num_rows, num_out, num_in, bool(gate)
     cut: _Few | _More
-    if _is_few(num_rows, num_out, num_in, num_processors(x.device)):
-        cut = _cut(*given, isinstance(weight, Tensor), num_processors(x.device))
+    if _is_few(num_rows, num_out, num_in, num_processors(x.device), same):
+        cut = _cut(*given, isinstance(weight, Tensor), num_processors(x.device), same)
         cut = cut if norm is None else replace(cut, NORM=1)
     else:
-        cut = _cut_more(*given, _piece_bytes(weight), num_processors(x.device), shared_memory(x.device))
+        cut = _cut_more(*given, _piece_bytes(weight), num_processors(x.device), shared_memory(x.device), same)
     defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "GATE": GATES[gate]}
     args = _pointers(weight)
     if norm is not None:
@@ -180,14 +180,18 @@ def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, fact
     return out
 
 
-def _is_few(num_rows: int, num_out: int, num_in: int, processors: int) -> bool:
-    """Whether few_rows.cu is faster: to join sums through memory takes longer than a small weight."""
-    return num_rows <= 8 or (num_out <= 4 * ROWS * processors and num_in < 8192)
+def _is_few(num_rows: int, num_out: int, num_in: int, processors: int, same: bool) -> bool:
+    """Whether few_rows.cu is faster: to join sums through memory takes longer than a small weight. With `same`, for one
+    kernel for any number of rows."""
+    return (num_rows <= 8 and not same) or (num_out <= 4 * ROWS * processors and num_in < 8192)
 
 
 @cache
-def _cut(num_rows: int, num_out: int, num_in: int, is_gated: bool, is_dense: bool, processors: int) -> _Few:
-    """Enough warps to keep the memory busy: measured on an H200."""
+def _cut(
+    num_rows: int, num_out: int, num_in: int, is_gated: bool, is_dense: bool, processors: int, same: bool = False
+) -> _Few:
+    """Enough warps to keep the memory busy: measured on an H200. With `same`, as many for any number of rows: nothing
+    else changes the order of a sum."""
     nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
     tiles = -(-num_out // ROWS)
     few, wide = tiles <= 2 * processors, tiles > 4 * processors
@@ -197,14 +201,18 @@ def _cut(num_rows: int, num_out: int, num_in: int, is_gated: bool, is_dense: boo
         mt, warps = (2, 16) if few else (2, 4) if wide else (1, 8)
     else:
         mt, warps = (2, 8 if few else 4) if nt == 4 else (1, 8)
+    if same:
+        return _Few(nt, 2 if is_gated else mt, 8, 1, (4, 3, 3, 2)[nt.bit_length() - 1])
     return _Few(nt, 2 if is_gated else mt, warps, 1, 3 if nt <= 4 else 2)
 
 
 @cache
 def _cut_more(
-    num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, processors: int, shared_memory: int
+    num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, processors: int, shared_memory: int,
+    same: bool = False,
 ) -> _More:
-    """Two blocks of a multiprocessor if they can be, and all multiprocessors with as much to do as others."""
+    """Two blocks of a multiprocessor if they can be, and all multiprocessors with as much to do as others. With `same`,
+    the columns are split as for the most rows: nothing else changes the order of a sum."""
     nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
     mt = 2 if is_gated or (nt <= 4 and piece_bytes < 64) else 1
     num_warps, num_chunks = -(-num_out // (ROWS * mt)), -(-num_in // (2 * COLUMNS))
@@ -214,8 +222,11 @@ def _cut_more(
         rounds = -(-(-(-num_warps // warps) * split) // processors)
         return rounds * warps / split * (1.0 if rounds > 1 else 1.2), split
 
+    splits: tuple[int, ...] = 1, 2, 3, 4, 6, 8
+    if same:
+        splits = (_cut_more(MAX_ROWS, num_out, num_in, False, piece_bytes, processors, shared_memory).SPLIT,)
     cuts = [
-        (warps, split) for warps in (8, 7, 6, 5, 4) for split in (1, 2, 3, 4, 6, 8)
+        (warps, split) for warps in (8, 7, 6, 5, 4) for split in splits
         if split == 1 or (num_chunks >= 4 * split and -(-num_warps // warps) * split <= MAX_SHARING * processors)
     ]
     warps, split = min(cuts, key=cost)

@@ -93,6 +93,28 @@ def test_codes(name: str, half: torch.dtype) -> None:
         assert torch.equal(out, again)
 
 
+@pytest.mark.parametrize("num_out", [72, 4608, 20000])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_row_can_have_the_same_bits_in_any_company(name: str, num_out: int) -> None:
+    """Few tiles, more, and many."""
+    parts = LAYOUTS[name]()
+    repeats = -(-num_out // NUM_OUT)
+    many = {field: torch.cat([value] * repeats) for field, value in vars(parts).items() if isinstance(value, Tensor)}
+    tiles = make_tiles(replace(parts, **many))
+    x = torch.randn(64, tiles.shape[1], device="cuda").bfloat16()
+    residual = torch.randn(64, tiles.shape[0], device="cuda").bfloat16()
+    outs = {num_rows: residual[:num_rows].clone() for num_rows in (1, 2, 7, 9, 16, 31, 44, 64)}
+    for num_rows, out in outs.items():
+        few_rows.multiply(x[:num_rows], tiles, out, accumulate=True, same=True)
+    for num_rows, out in outs.items():
+        assert torch.equal(out, outs[64][:num_rows]), num_rows
+    if tiles.shape[0] % 32 == 0:
+        gated = [torch.empty(num_rows, tiles.shape[0] // 2, device="cuda", dtype=x.dtype) for num_rows in (1, 9, 64)]
+        for out in gated:
+            few_rows.multiply(x[: len(out)], tiles, out, gate="silu", same=True)
+        assert all(torch.equal(out, gated[-1][: len(out)]) for out in gated)
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("num_out", "num_in"), [(72, 1024), (4096, 4096), (33, 14336)])
 def test_numbers(half: torch.dtype, num_out: int, num_in: int) -> None:
