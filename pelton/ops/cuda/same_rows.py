@@ -83,7 +83,7 @@ def multiply(
         then = then if num_rows <= most else None
         for begin in range(0, num_rows, most):
             rows = slice(begin, begin + most)
-            few_rows.multiply(x[rows], weight, out[rows], bias, accumulate, gate, then, same=True)
+            few_rows.multiply(x[rows], weight, out[rows], bias, accumulate, gate, then=then, same=True)
         return
     if num_rows == 0:
         return
