@@ -78,6 +78,7 @@ class Scheduler:
         self._waiting: list[Request] = []  # by rank
         self._running: list[Request] = []  # by rank
         self._gone: list[int] = []  # ended since the last plan
+        self._untold: list[EngineRequest] = []  # scheduled, and perhaps unknown to the runner
         self._aborted: list[Update] = []  # to be delivered by the next commit
         self._num_added = 0
         self._num_steps = 0
@@ -144,7 +145,8 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step's plan: at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests."""
         chunks: list[Chunk] = []
-        new: list[EngineRequest] = []
+        new = [spec for spec in self._untold if spec.request_id in self._requests]
+        self._untold = []
         budget, is_short = self._schedule_running(chunks)
         if not is_short:
             self._schedule_waiting(chunks, new, budget)
@@ -153,34 +155,56 @@ class Scheduler:
         return StepPlan(self._num_steps, tuple(new), tuple(chunks), gone)
 
     def schedule_ahead(self, plan: StepPlan) -> StepPlan | None:
-        """The plan after one that still runs: the token behind it of each of its requests that will not have ended then
-        for certain. One that ends unexpectedly is computed in vain. None if that needs results of `plan`, or if other
-        requests are to be served.
+        """The plan after one that still runs: what is left of its prompts, the token behind each of its other requests,
+        and new requests in the room that is left. Requests that will have ended for certain are left out; one that ends
+        unexpectedly is computed in vain. None if that needs results of `plan`, or more blocks than are free.
         """
-        live = [(request, chunk) for chunk in plan.chunks if (request := self._requests.get(chunk.request_id))]
-        can_admit = self._waiting and len(self._running) < self._max_running
-        if can_admit or len(live) != len(self._running):
+        ends = {chunk.request_id: chunk for chunk in plan.chunks}
+        if any(request.request_id not in ends for request in self._running):
             return None
-        if any(not chunk.sample or request.spec.needs_results for request, chunk in live):
+        if any(ends[request.request_id].sample and request.spec.needs_results for request in self._running):
             return None
-        starts = [(request, chunk.start + chunk.num_tokens) for request, chunk in live]
-        starts = [(request, start) for request, start in starts if not request.ends_at(start + 1)]
-        if not starts or sum(request.kv.num_missing(start + 1) for request, start in starts) > self._pool.num_free:
+        budget = self._max_tokens
+        nexts: list[tuple[Request, int, int]] = []
+        for num_behind, request in zip(reversed(range(len(self._running))), self._running, strict=True):
+            chunk = ends[request.request_id]
+            start, num_known = chunk.start + chunk.num_tokens, len(request.token_ids)
+            if start < num_known:
+                num_tokens = self._num_next(request, start, budget - num_behind)
+            else:
+                num_tokens = int(chunk.sample and not request.ends_at(num_known + 1))
+            if num_tokens:
+                nexts.append((request, start, num_tokens))
+                budget -= num_tokens
+        num_missing = sum(request.kv.num_missing(start + num_tokens) for request, start, num_tokens in nexts)
+        if num_missing > self._pool.num_free:
             return None
-        chunks = []
-        for request, start in starts:
-            request.kv.grow(start + 1)
-            first = start // self._cache.block_size
-            chunks.append(Chunk(request.request_id, start, 1, first, request.kv.entries(first), sample=True))
-        running = {chunk.request_id for chunk in plan.chunks}  # of which the runner may still need all it knows
-        gone = tuple(request_id for request_id in self._gone if request_id not in running)
-        self._gone = [request_id for request_id in self._gone if request_id in running]
+        chunks = [self._chunk_ahead(*each) for each in nexts]
+        new: list[EngineRequest] = []
+        self._schedule_waiting(chunks, new, budget)
+        if not chunks:
+            return None
+        gone = tuple(request_id for request_id in self._gone if request_id not in ends)
+        self._gone = [request_id for request_id in self._gone if request_id in ends]  # the runner may still need them
         self._count(chunks)
-        return StepPlan(self._num_steps, (), tuple(chunks), gone)
+        return StepPlan(self._num_steps, tuple(new), tuple(chunks), gone)
+
+    def _chunk_ahead(self, request: Request, start: int, num_tokens: int) -> Chunk:
+        """A running request's chunk behind one that still runs."""
+        end, first = start + num_tokens, start // self._cache.block_size
+        request.kv.grow(end)
+        sample = end >= len(request.token_ids) and request.max_tokens > 0
+        return Chunk(request.request_id, start, num_tokens, first, request.kv.entries(first), sample)
 
     def take_back(self, plan: StepPlan) -> None:
-        """Forget a plan of schedule_ahead(); what it would have computed is planned again."""
+        """Forget a plan of schedule_ahead(), which the runner may not have seen; what it would have computed is planned
+        again."""
         self._gone += plan.gone
+        self._untold += plan.new
+        for chunk in plan.chunks:  # a request whose table the runner may not know waits for another
+            request = self._requests.get(chunk.request_id)
+            if chunk.table_start == 0 and request is not None and request.is_running:
+                self._preempt(request)
 
     def can_cut(self, chunk: Chunk) -> bool:
         """Whether half of a chunk can be computed without the rest."""
@@ -195,7 +219,7 @@ class Scheduler:
         logger.warning("a step of %d tokens did not fit the memory; the next have at most %d", num_tokens,
                        self._max_tokens)
         while len(self._running) > self._max_running:
-            self._preempt_last()
+            self._preempt(self._running[-1])
 
     def _grow(self) -> None:
         """A step fitted."""
@@ -255,13 +279,13 @@ class Scheduler:
         while request.kv.num_missing(num_known) > self._pool.num_free:
             if self._running[-1] is request:
                 return False
-            self._preempt_last()
+            self._preempt(self._running[-1])
         request.kv.grow(num_known)
         return True
 
-    def _preempt_last(self) -> None:
-        """Take the blocks of the running request of worst rank. Those that are full can be found while they last."""
-        request = self._running.pop()
+    def _preempt(self, request: Request) -> None:
+        """Take the blocks of a running request. Those that are full can be found while they last."""
+        self._running.remove(request)
         request.is_running = False
         request.num_computed = 0
         request.kv.free()
