@@ -7,6 +7,7 @@ from typing import Protocol
 
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import Chunk, EngineRequest, Started, StepPlan, StepResult, Update
+from pelton.errors import EngineDeadError
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ def run_isolated(runner: Runner, plan: StepPlan) -> StepResult:
     """
     try:
         return runner.run(plan)
+    except EngineDeadError:  # nothing can be run any more
+        raise
     except Exception as error:  # whatever a kernel throws: it is reported to the request it belongs to
         if not plan.chunks:
             raise

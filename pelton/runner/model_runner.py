@@ -14,12 +14,14 @@ from pelton.engine.step import Chunk, Started, StepPlan, StepResult, TokenLogpro
 from pelton.models import Model
 from pelton.ops import gpu
 from pelton.ops.native import native
+from pelton.ops.parallel import ALONE, Ranks
 from pelton.ops.recording import NotRecordable
 from pelton.runner.batch import BatchBuffers
 from pelton.runner.grammar import Grammars
 from pelton.runner.graph import Captured, Graphs, Programs
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.logprobs import NON_FINITE, token_logprobs
+from pelton.runner.parallel import Follower, Leader
 from pelton.runner.requests import RequestState, RequestTable
 from pelton.runner.sampler import Sample, Sampler
 
@@ -30,12 +32,17 @@ LOGITS_ROWS = 256  # rows of prompt logits made at once: 256 x 262,144 float32 a
 class ModelRunner:
     """A model, its KV cache and its sampler on one device. Implements `engine.core.Runner`."""
 
-    def __init__(self, model: Model, kv: KVCache, config: EngineConfig, grammars: Grammars | None = None) -> None:
+    def __init__(
+        self, model: Model, kv: KVCache, config: EngineConfig, grammars: Grammars | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        """ranks: those that compute the model together, of which this one samples if it is the first."""
         self.model = model
         self.kv = kv
         self.device = kv.device
         self.requests = RequestTable(len(kv.groups))
-        self.sampler = Sampler(config.device.seed, grammars)
+        self.sampler: Sampler | Leader | Follower = Sampler(config.device.seed, grammars)
+        if ranks.size > 1:
+            self.sampler = Leader(self.sampler, ranks) if ranks.rank == 0 else Follower(ranks)
         self.on_prompt_logits: Callable[[Tensor], None] | None = None  # sees the logits [n, V] of scored prompt tokens
         limits = config.scheduler
         max_blocks = -(-limits.max_model_len // kv.block_size)
@@ -85,20 +92,30 @@ class ModelRunner:
             _note(samples, [plan.chunks[i] for i in sampled], sampled_states, result)
         return result
 
+    def can_start(self, plan: StepPlan) -> bool:
+        """Whether there may be other work before its result is known."""
+        if not isinstance(self.graph, Graphs) or not all(chunk.sample for chunk in plan.chunks):
+            return False
+        needing = {request.request_id for request in plan.new if request.needs_results}
+        states = self.requests.states
+        return not any(
+            chunk.request_id in needing or (chunk.request_id in states and states[chunk.request_id].needs_results)
+            for chunk in plan.chunks
+        )
+
     @torch.inference_mode()
     def start(self, plan: StepPlan) -> Started | None:
         """Begin a plan on a GPU, perhaps while the one before still runs. None where its result is needed at once."""
-        if not isinstance(self.graph, Graphs) or not all(chunk.sample for chunk in plan.chunks):
+        graph = self.graph
+        if not isinstance(graph, Graphs) or not self.can_start(plan):
             return None
         states = self.requests.update(plan)
-        if any(state.needs_results for state in states):
-            return None
         previous = self._claim_tokens(plan.chunks, states)
-        if self.graph.takes(plan.chunks):
-            num_tokens, _ = self.graph.buffers.fill(plan.chunks, states)
+        if graph.takes(plan.chunks):
+            num_tokens, _ = graph.buffers.fill(plan.chunks, states)
             if previous is not None:
-                self.graph.buffers.host.previous_rows.numpy()[:num_tokens] = previous[1]
-            _, logits = self.graph.run(num_tokens, num_tokens, None if previous is None else previous[0])
+                graph.buffers.host.previous_rows.numpy()[:num_tokens] = previous[1]
+            _, logits = graph.run(num_tokens, num_tokens, None if previous is None else previous[0])
         elif previous is None:
             _, starts = self.buffers.fill(plan.chunks, states)
             _, logits = self._forward(plan.chunks, starts, len(states))

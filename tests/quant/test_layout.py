@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from pelton.quant.layout import Codebook4, Dense, Int, LinearWeight, Stack, fuse
+from pelton.errors import ConfigError
+from pelton.quant.layout import Blocks, Codebook4, Dense, Int, LinearWeight, Stack, fuse
+from pelton.weights.dummy import LAYOUTS
+from pelton.weights.stored import BlockType
 
 
 def check(weight: LinearWeight) -> None:
@@ -55,3 +59,52 @@ def test_codebook_by_hand() -> None:
     weight = Codebook4(torch.tensor([[0, 15, 1]], dtype=torch.uint8), torch.tensor([[2.0]]), torch.arange(16).float())
     assert weight.dequantize().tolist() == [[0.0, 30.0, 2.0]]
     check(weight)
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def blocks(num_rows: int, num_blocks: int, row_ids: torch.Tensor | None = None) -> Blocks:
+    """Q8_0 with scales of 1 to 2: blocks of 32 columns."""
+    data = torch.randint(0, 256, (num_rows * num_blocks, 34), dtype=torch.uint8)
+    data[:, :2] = (torch.rand(len(data), 1) + 1).half().view(torch.uint8)
+    return Blocks(BlockType("Q8_0", 32, 34), data, (num_rows, num_blocks * 32), row_ids)
+
+
+def whole_weights() -> dict[str, LinearWeight]:
+    made = {name: make((6, 512), 0.05, torch.Generator().manual_seed(1)) for name, make in LAYOUTS.items()}
+    codes, order = torch.randint(0, 16, (6, 512), dtype=torch.uint8), torch.randperm(512)
+    by_row = Int(8, codes, torch.rand(6, 1), torch.rand(6, 1))
+    act_order = Int(4, codes, torch.rand(6, 4), 8, order)
+    return {
+        **made, "dense": Dense(torch.randn(6, 512)), "one group": by_row, "act-order": act_order,
+        "blocks": blocks(6, 16), "blocks in another order": blocks(6, 16, torch.randperm(6)),
+    }
+
+
+@pytest.mark.parametrize("name", whole_weights())
+def test_a_part_is_cut_out_of_the_definition(name: str) -> None:
+    weight = whole_weights()[name]
+    cuts = [(range(2, 5), range(512)), (range(6), range(256, 512)), (range(1), range(256))]
+    for rows, columns in cuts[:1] if name == "act-order" else cuts:
+        part = weight.part(rows, columns)
+        assert type(part) is type(weight) and part.shape == (len(rows), len(columns))
+        whole = weight.dequantize()
+        assert torch.equal(part.dequantize(), whole[rows.start : rows.stop, columns.start : columns.stop])
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "message"),
+    [
+        ("gguf", range(128), r"blocks of 256 columns \(Q4_K\), which would be cut at 0 and 128"),
+        ("blocks", range(48, 512), "blocks of 32 columns .* cut at 48 and 512"),
+        ("gptq", range(64, 512), "groups of 128 columns, which would be cut at 64 and 512"),
+        ("awq", range(192), "groups of 128 columns, which would be cut at 0 and 192"),
+        ("bitsandbytes", range(32), "groups of 64 columns"),
+        ("act-order", range(256), "act-order"),
+    ],
+)
+def test_columns_that_are_kept_together_are_not_cut(name: str, columns: range, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        whole_weights()[name].part(range(6), columns)
+    assert "--tensor-parallel-size" in str(refused.value) and "\n" not in str(refused.value)
