@@ -3,7 +3,8 @@
     python benchmarks/gpu_kernels.py [--rows 1,16,32] [--layouts bf16,int4,...] [--layers 32]
 
 Prints for each layout and number of rows: ms a step, the bytes of weights over that time, and their share of what the
-card reads; for bf16 also torch's own product.
+card reads; for bf16 also torch's own product, and for w8a8 with more than 16 rows torch's product of integers, without
+scales. More than 64 rows are only for w8a8.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from torch import Tensor
 from pelton.ops.cuda import few_rows
 from pelton.ops.tiles import Tiles
 from pelton.quant.codes import Codes
+from pelton.quant.gpu import Int8
 from pelton.quant.tiled import make_tiles
+
+Weight = Tensor | Tiles | Int8
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 
@@ -38,12 +42,24 @@ def q4_k(shape: tuple[int, int]) -> Codes:
     return Codes(4, u, *subs, supers=supers[0], super_mins=supers[1])
 
 
+def float8(shape: tuple[int, int]) -> Codes:
+    """With a scale for each 128 columns."""
+    numbers = torch.randn(shape, device="cuda").to(torch.float8_e4m3fn)
+    scales = torch.rand(shape[0], shape[1] // 128, device="cuda") * 0.01
+    return Codes(8, numbers.view(torch.uint8), scales, float8=True)
+
+
 def with_minima(shape: tuple[int, int]) -> Codes:
     parts = codes(shape, 4, 128)
     return Codes(4, parts.codes, parts.scales, parts.scales * 8)
 
 
-LAYOUTS: dict[str, Callable[[tuple[int, int]], Tensor | Tiles]] = {
+def w8a8(shape: tuple[int, int]) -> Int8:
+    numbers = torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda")
+    return Int8(numbers, torch.rand(shape[0], device="cuda") * 0.01, torch.bfloat16)
+
+
+LAYOUTS: dict[str, Callable[[tuple[int, int]], Weight]] = {
     "bf16": lambda shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02,
     "int4": lambda shape: make_tiles(codes(shape, 4, 128, zero=8)),
     "int4z": lambda shape: make_tiles(with_minima(shape)),
@@ -51,11 +67,18 @@ LAYOUTS: dict[str, Callable[[tuple[int, int]], Tensor | Tiles]] = {
     "q4_k": lambda shape: make_tiles(q4_k(shape)),
     "q6_k": lambda shape: make_tiles(codes(shape, 6, 16, zero=32)),
     "int8": lambda shape: make_tiles(codes(shape, 8, shape[1], zero=128)),
+    "fp8": lambda shape: make_tiles(float8(shape)),
+    "w8a8": w8a8,
 }
 
 
-def num_bytes(weight: Tensor | Tiles) -> int:
-    tensors = [weight] if isinstance(weight, Tensor) else [weight.codes, weight.more, weight.scales, weight.supers]
+def num_bytes(weight: Weight) -> int:
+    if isinstance(weight, Tensor):
+        tensors = [weight]
+    elif isinstance(weight, Int8):
+        tensors = [weight.weight, weight.scales]
+    else:
+        tensors = [weight.codes, weight.more, weight.scales, weight.supers]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -100,24 +123,31 @@ def main() -> None:
         del layers
 
 
-def report(name: str, num_rows: int, layers: Sequence[Sequence[Tensor | Tiles]], size: int, speed: float) -> None:
+def report(name: str, num_rows: int, layers: Sequence[Sequence[Weight]], size: int, speed: float) -> None:
     inputs = {k: torch.randn(num_rows, k, device="cuda", dtype=torch.bfloat16) for _, k in SHAPES}
     outputs = {n: torch.empty(num_rows, n, device="cuda", dtype=torch.bfloat16) for n, _ in SHAPES}
 
     def ours() -> None:
         for layer in layers:
             for weight in layer:
-                num_out, num_in = weight.shape
-                few_rows.multiply(inputs[num_in], weight, outputs[num_out])
+                x, out = inputs[weight.shape[1]], outputs[weight.shape[0]]
+                if isinstance(weight, Int8):
+                    weight.write(x, out, None, accumulate=False)
+                else:
+                    few_rows.multiply(x, weight, out)
 
     def torchs() -> None:
         for layer in layers:
             for weight in layer:
-                torch.mm(inputs[weight.shape[1]], weight.T, out=outputs[weight.shape[0]])
+                x = inputs[weight.shape[1]]
+                if isinstance(weight, Int8):
+                    torch._int_mm(x.to(torch.int8), weight.weight.T)
+                else:
+                    torch.mm(x, weight.T, out=outputs[weight.shape[0]])
 
     ms = time_graph(ours)
     line = f"{name:6} {num_rows:3} rows  {ms:7.3f} ms  {size / ms / 1e6:6,.0f} GB/s  {size / ms / 1e6 / speed:4.0%}"
-    if name == "bf16":
+    if name == "bf16" or (name == "w8a8" and num_rows > 16):
         line += f"   torch {time_graph(torchs):7.3f} ms"
     print(line, flush=True)
 

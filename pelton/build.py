@@ -10,7 +10,17 @@ from pathlib import Path
 import torch
 
 from pelton import ops
-from pelton.config import EngineArgs, EngineConfig, Environment, KVLayer, ModelFacts, resolve
+from pelton.config import (
+    GIB,
+    EngineArgs,
+    EngineConfig,
+    Environment,
+    KVLayer,
+    ModelFacts,
+    block_bytes,
+    loaded_bytes,
+    resolve,
+)
 from pelton.engine.core import EngineCore, Runner
 from pelton.engine.host import Engine
 from pelton.engine.messages import EngineInfo
@@ -20,7 +30,7 @@ from pelton.layers.rope import context_length
 from pelton.models import Model, find_model
 from pelton.ops import gpu, native
 from pelton.ops.parallel import ALONE, Ranks
-from pelton.runner.device import least_of_all, probe_device, use_cpu
+from pelton.runner.device import free_memory, guard, least_of_all, probe_device, use_cpu
 from pelton.runner.grammar import Grammars
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.model_runner import ModelRunner
@@ -31,6 +41,9 @@ from pelton.weights.checkpoint import Checkpoint, open_checkpoint
 from pelton.weights.dummy import LAYOUTS, DummyCheckpoint
 from pelton.weights.fields import Fields
 from pelton.weights.files import NO_WEIGHTS, ModelFiles, bytes_in_memory, open_model, weight_bytes
+
+MORE_FOR_WEIGHTS = "end other processes that use the GPU, or use a quantised checkpoint of the model"
+LESS_CAPTURED = "use --enforce-eager, or lower --max-num-seqs or --gpu-memory-utilization"
 
 
 def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Engine:
@@ -58,7 +71,7 @@ def _build_team(args: EngineArgs, on_progress: OnProgress | None) -> Engine:
     ranks = Ranks(0, args.tensor_parallel_size)
     config_json = open_model(_find(args)).config
     find_model(config_json).kv_layers(config_json, ranks)  # what cannot be is told before any process is started
-    probe_device(args.device, ranks)
+    probe_device(args.device, Environment.read().cuda_visible_devices, ranks)
     workers = Workers("pelton.build:build_worker", args)
     workers.on_lost(ranks.abort)
     with workers.building():
@@ -88,31 +101,34 @@ def _build_runner(
 
     architecture = find_model(files.config)
     kv_layers = architecture.kv_layers(files.config, ranks)
-    machine = probe_device(args.device, ranks)
-    if ranks.size > 1:
-        meet()
-        ranks.connect(folder, machine.kind)
-        machine = least_of_all(probe_device(args.device, ranks), ranks)  # what is free beside the connections
     facts = ModelFacts(
         files.config["torch_dtype"], context_length(files.config), kv_layers, _weight_bytes(architecture, files, ranks),
         *_work_sizes(files, kv_layers, ranks),
     )
     env = Environment.read()
-    binding = env.cpu_binding.split("|")
-    if len(binding) == ranks.size:
-        env = replace(env, cpu_binding=binding[ranks.rank])
+    machine = probe_device(args.device, env.cuda_visible_devices, ranks)
+    if ranks.size > 1:
+        meet()
+        ranks.connect(folder, machine.kind)
+        machine = probe_device(args.device, env.cuda_visible_devices, ranks)  # what is free beside the connections
+        machine = least_of_all(machine, ranks)
+        binding = env.cpu_binding.split("|")
+        if len(binding) == ranks.size:
+            env = replace(env, cpu_binding=binding[ranks.rank])
     config = resolve(args, facts, machine, env)
 
     if config.device.kind == "cpu":
         config = replace(config, notes=(*config.notes, use_cpu(config.device, env.cpu_isa)))
+    need = _need("the weights", loaded_bytes(facts, config.model.dtype, machine), machine.free_bytes)
     checkpoint = _open_checkpoint(args, files, config, on_progress, ranks)
-    model = architecture.load(checkpoint)
+    model = guard(lambda: architecture.load(checkpoint), f"while the model was loaded ({need})", MORE_FOR_WEIGHTS)
     checkpoint.finish()
 
-    kv = KVCache(config.cache, kv_layers, torch.device(config.device.kind))
+    kv = _make_cache(args, config, kv_layers)
     grammars = Grammars(lambda: load_tokenizer(open_model(path), args.tokenizer))  # opened again: files are large
     meet()
-    return config, ModelRunner(model, kv, config, grammars, ranks)
+    runner = guard(lambda: ModelRunner(model, kv, config, grammars, ranks), "while steps were captured", LESS_CAPTURED)
+    return config, runner
 
 
 def _find(args: EngineArgs) -> Path:
@@ -122,6 +138,25 @@ def _find(args: EngineArgs) -> Path:
 def _engine(config: EngineConfig, runner: Runner, why_eager: str) -> Engine:
     scheduler = Scheduler(config.scheduler, config.cache)
     return Engine(EngineCore(scheduler, runner), _info(config, why_eager))
+
+
+def _need(what: str, need: int, free: int) -> str:
+    """What did not fit."""
+    missing = f", {(need - free) / GIB:.2f} GiB are missing" if need > free else ""
+    return f"{what} need {need / GIB:.2f} GiB, {free / GIB:.2f} GiB were free{missing}"
+
+
+def _make_cache(args: EngineArgs, config: EngineConfig, kv_layers: list[KVLayer]) -> KVCache:
+    cache, kind = config.cache, config.device.kind
+    size = cache.num_blocks * block_bytes(cache.block_size, kv_layers, cache.dtype)
+    flag = "--gpu-memory-utilization"
+    if args.num_gpu_blocks_override:
+        flag = "--num-gpu-blocks-override"
+    elif args.kv_cache_memory_bytes:
+        flag = "--kv-cache-memory-bytes"
+    remedy = f"lower {flag}; --kv-cache-dtype fp8 or int8 and a lower --max-model-len let less memory suffice"
+    doing = f"for the KV cache ({_need('keys and values', size, free_memory(kind))})"
+    return guard(lambda: KVCache(cache, kv_layers, torch.device(kind)), doing, remedy)
 
 
 def _open_checkpoint(

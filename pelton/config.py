@@ -128,6 +128,7 @@ class Environment:
     cpu_isa: str | None = None  # PELTON_CPU_ISA: an instruction set below the processor's best
     cache_dir: str | None = None  # PELTON_CACHE
     log_level: str = "INFO"  # VLLM_LOGGING_LEVEL
+    cuda_visible_devices: str | None = None  # CUDA_VISIBLE_DEVICES, which torch reads: for what is said of it
     uv_index_urls: tuple[str, ...] = ()  # UV_INDEX, UV_EXTRA_INDEX_URL, UV_DEFAULT_INDEX, UV_INDEX_URL; pip reads PIP_*
 
     @staticmethod
@@ -146,6 +147,7 @@ class Environment:
             cpu_isa=environ.get("PELTON_CPU_ISA", "").strip().lower() or None,
             cache_dir=environ.get("PELTON_CACHE") or None,
             log_level=environ.get("VLLM_LOGGING_LEVEL", "INFO").upper(),
+            cuda_visible_devices=environ.get("CUDA_VISIBLE_DEVICES"),
             uv_index_urls=tuple(
                 url.partition("=")[2] if "://" in url.partition("=")[2] else url  # "name=url"
                 for name in ("UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL")
@@ -303,16 +305,16 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
     model_len = _context_length(args, model.max_len)
     kv_dtype = _choose_kv_dtype(args, dtype, device)
     block_size = args.block_size or (64 if device.kind == "cuda" else 16)
-    block_bytes = _block_bytes(block_size, model.kv_layers, kv_dtype)
+    one_block = block_bytes(block_size, model.kv_layers, kv_dtype)
     groups = make_groups(model.kv_layers)
     most_blocks = 1 + max_num_seqs * len(groups) * (math.ceil(model_len / block_size) + 1)
     max_num_batched_tokens = args.max_num_batched_tokens or (512 if device.kind == "cpu" else 8192)
     work_bytes = _work_bytes(model, dtype, max_num_batched_tokens, max_num_seqs) if device.kind == "cuda" else 0
     num_blocks = args.num_gpu_blocks_override or min(
-        most_blocks, _kv_bytes(args, device, _weight_bytes(model, dtype, device), work_bytes, env) // block_bytes
+        most_blocks, _kv_bytes(args, device, loaded_bytes(model, dtype, device), work_bytes, env) // one_block
     )
     chunk = max_num_batched_tokens if args.enable_chunked_prefill else model_len
-    max_model_len = _fit_context(args, groups, num_blocks, block_size, model_len, block_bytes, chunk, warnings)
+    max_model_len = _fit_context(args, groups, num_blocks, block_size, model_len, one_block, chunk, device, warnings)
     if not args.enable_chunked_prefill:
         max_num_batched_tokens = max(max_num_batched_tokens, max_model_len)
     return EngineConfig(
@@ -405,7 +407,8 @@ def _parse_cpus(text: str, device: DeviceFacts) -> tuple[int, ...]:
     return tuple(dict.fromkeys(cpus))
 
 
-def _weight_bytes(model: ModelFacts, dtype: str, device: DeviceFacts) -> int:
+def loaded_bytes(model: ModelFacts, dtype: str, device: DeviceFacts) -> int:
+    """Of the weights, in the memory of the device."""
     if device.kind == "cuda":
         keeps = device.keeps_formats and dtype != "float32"
         return int(TILES_OVER_FILE * model.weight_bytes["stored"]) if keeps else model.weight_bytes[dtype]
@@ -434,7 +437,7 @@ def _context_length(args: EngineArgs, longest: int) -> int:
     return args.max_model_len
 
 
-def _block_bytes(block_size: int, kv_layers: Sequence[KVLayer], dtype: str) -> int:
+def block_bytes(block_size: int, kv_layers: Sequence[KVLayer], dtype: str) -> int:
     """Bytes of one block: keys and values of `block_size` tokens in each layer of one group."""
     def head_bytes(size: int) -> int:
         return size + 4 if dtype == "int8" else size * KV_BYTES[dtype]
@@ -465,8 +468,8 @@ def _kv_bytes(
             raise ConfigError(
                 f"the weights need {weight_bytes / GIB:.1f} GiB and a step {work_bytes / GIB:.1f} GiB, of "
                 f"{device.free_bytes / GIB:.1f} GiB that are free on {device.name} "
-                f"{args.gpu_memory_utilization:.0%} may be used; lower --max-num-batched-tokens or --max-num-seqs, "
-                "raise --gpu-memory-utilization, or use a quantised model"
+                f"{args.gpu_memory_utilization:.0%} may be used: {-share / GIB:.1f} GiB are missing; lower "
+                "--max-num-batched-tokens or --max-num-seqs, raise --gpu-memory-utilization, or use a quantised model"
             )
     if share <= 0:
         raise ConfigError(
@@ -477,14 +480,14 @@ def _kv_bytes(
 
 
 def _fit_context(
-    args: EngineArgs, groups: Sequence[KVGroup], num_blocks: int, block_size: int, model_len: int, block_bytes: int,
-    chunk: int, warnings: list[str],
+    args: EngineArgs, groups: Sequence[KVGroup], num_blocks: int, block_size: int, model_len: int, one_block: int,
+    chunk: int, device: DeviceFacts, warnings: list[str],
 ) -> int:
     """The context length that one request alone can fill with `num_blocks` blocks, in steps of `chunk` tokens."""
     need = 1 + blocks_for(model_len, block_size, groups, chunk)
     if need <= num_blocks:
         return model_len
-    need_gib, have_gib = need * block_bytes / GIB, num_blocks * block_bytes / GIB
+    need_gib, have_gib = need * one_block / GIB, num_blocks * one_block / GIB
     low, high = 0, model_len  # the longest length that fits, by bisection
     while low < high:
         middle = (low + high + 1) // 2
@@ -493,9 +496,11 @@ def _fit_context(
         else:
             high = middle - 1
     if args.max_model_len is not None or low < 1:
+        dtype = "fp8" if device.has_float8 else "int8"
+        more = "--gpu-memory-utilization" if device.kind == "cuda" else "--kv-cache-memory-bytes"
         raise ConfigError(
             f"one request of {model_len} tokens needs {need_gib:.2f} GiB of KV cache, there is {have_gib:.2f} GiB; "
-            f"use --max-model-len {max(low, 1)} or give the cache more memory (--kv-cache-memory-bytes)"
+            f"use --max-model-len {max(low, 1)} or --kv-cache-dtype {dtype}, or give the cache more memory ({more})"
         )
     warnings.append(f"max_model_len {low} instead of {model_len}: the KV cache of {have_gib:.2f} GiB holds no more")
     return low

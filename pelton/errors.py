@@ -3,6 +3,8 @@
 PeltonError
 ├── ConfigError          a flag, an argument or an environment variable cannot work (also a ValueError)
 ├── DeviceError          the GPU, its driver or its compiler fails
+│   ├── OutOfMemoryError  its memory does not hold what was to be computed; less may fit
+│   └── DeviceLostError   it will not answer this process again
 ├── ModelNotFoundError   a model name leads to no files
 ├── ModelFormatError     a checkpoint is malformed or not supported; names the field
 ├── RequestError         a client asked for something that cannot be done (also a ValueError; HTTP 400)
@@ -25,6 +27,14 @@ class ConfigError(PeltonError, ValueError):
 
 class DeviceError(PeltonError):
     """A GPU that cannot be used: its driver, its compiler or its memory fails."""
+
+
+class OutOfMemoryError(DeviceError):
+    """The GPU's memory does not hold what was to be computed. Nothing else is wrong with it."""
+
+
+class DeviceLostError(DeviceError):
+    """A GPU that fails whatever this process asks of it, as after an illegal memory access."""
 
 
 class ModelNotFoundError(PeltonError):

@@ -16,7 +16,7 @@ from pelton.config import DEFAULT_MODEL, EngineArgs
 from pelton.door import BUILDER, ChatOptions, args_from_keywords, chat_prompt, fetch, load_text, log_choices, text_of
 from pelton.engine.host import Engine, load_builder
 from pelton.engine.step import EngineRequest, Update
-from pelton.errors import EngineDeadError, RequestError
+from pelton.errors import DeviceLostError, EngineDeadError, RequestError
 from pelton.progress import ProgressBar
 from pelton.text.output import RequestAssembler
 from pelton.text.prompt import Prompts
@@ -218,7 +218,8 @@ class LLM:
 
     def _check_engine(self) -> None:
         if self._failure is not None:
-            raise EngineDeadError(f"this LLM's engine failed before ({self._failure!r}); make a new LLM")
+            remedy = "start the program again" if isinstance(self._failure, DeviceLostError) else "make a new LLM"
+            raise EngineDeadError(f"this LLM's engine failed before ({self._failure!r}); {remedy}")
 
     def _push(self, update: Update) -> None:
         job = self._jobs.get(update.request_id)

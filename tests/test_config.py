@@ -231,7 +231,7 @@ def test_the_cache_of_a_gpu(dtype: str, weights: int) -> None:
 
 
 def test_a_gpu_that_is_too_small_says_what_would_fit() -> None:
-    message = "weights need 1.1 GiB and a step .* of 4.0 GiB .* 90% .*max-num-batched-tokens"
+    message = "weights need 1.1 GiB and a step .* of 4.0 GiB .* 90% .*: 2.. GiB are missing; .*max-num-batched-tokens"
     with pytest.raises(ConfigError, match=message):
         decide({"max_num_seqs": 1000}, BIG, replace(GPU, free_bytes=4 * GIB))
 
@@ -242,3 +242,13 @@ def test_float8_for_keys_and_values() -> None:
     assert (big.cache.dtype, big.cache.num_blocks) == ("float8_e4m3fn", 2 * half.cache.num_blocks)
     with pytest.raises(ConfigError, match="--kv-cache-dtype fp8: a GPU does not convert it; .* Use int8"):
         decide({"kv_cache_dtype": "fp8"}, BIG, GPU)
+
+
+def test_a_context_that_does_not_fit_says_what_would_help() -> None:
+    for device, flags in (
+        (CPU, r"--kv-cache-dtype int8, .* \(--kv-cache-memory-bytes\)"),
+        (replace(GPU, has_float8=True), r"--kv-cache-dtype fp8, .* \(--gpu-memory-utilization\)"),
+    ):
+        with pytest.raises(ConfigError, match=f"use --max-model-len 64 or {flags}"):
+            args = {"num_gpu_blocks_override": 2, "max_model_len": 300, "block_size": 64}
+            decide(args, MODEL, device)

@@ -18,6 +18,7 @@ import torch
 
 from pelton import LLM, AsyncLLM, ConfigError, EngineDeadError, SamplingParams
 from pelton.config import EngineArgs
+from pelton.engine import ranks
 from pelton.types import StructuredOutputsParams
 
 PROMPTS = ["one", "two and more", "three " * 20]
@@ -109,6 +110,26 @@ def test_a_rank_that_dies_ends_the_llm(tiny_model_path: Path, is_idle: bool) -> 
     with pytest.raises(EngineDeadError, match="rank 1's process was killed by signal 9") as died:
         for _ in range(50):
             llm.generate(PROMPTS, SamplingParams(max_tokens=200, ignore_eos=True), use_tqdm=False)
+    assert "\n" not in str(died.value) and are_gone(pids)
+    with pytest.raises(EngineDeadError, match="make a new LLM"):
+        llm.generate("x", use_tqdm=False)
+
+
+def test_rank_0_that_runs_out_of_memory_alone_ends_the_llm(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rank waits for it in the middle of the step."""
+    llm = load(tiny_model_path, 2)
+    pids = pids_of(llm)
+
+    def fail(hidden: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(ranks, "ANSWER_S", 0.5)
+    monkeypatch.setattr(llm._core.runner.runner.model, "logits", fail)  # type: ignore[attr-defined]
+    message = "^rank 0 failed where rank 1 did not: OutOfMemoryError: GPU memory ran out in a step, 2.00 GiB .*; lower"
+    with pytest.raises(EngineDeadError, match=message) as died:
+        llm.generate(PROMPTS, use_tqdm=False)
     assert "\n" not in str(died.value) and are_gone(pids)
     with pytest.raises(EngineDeadError, match="make a new LLM"):
         llm.generate("x", use_tqdm=False)

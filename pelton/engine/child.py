@@ -9,7 +9,9 @@ import logging
 import sys
 
 from pelton.engine.host import host
+from pelton.engine.messages import Failed
 from pelton.engine.process import attach
+from pelton.errors import PeltonError
 
 
 def main(fd: int, builder: str) -> int:
@@ -17,6 +19,9 @@ def main(fd: int, builder: str) -> int:
     commands, send = attach(fd, "engine")
     try:
         return 0 if host(builder, commands, send) else 1
+    except PeltonError as error:  # a device or a rank that is lost: whoever waits is told
+        send(Failed(error))
+        return 1
     except Exception:
         logging.getLogger(__name__).exception("the engine failed")
         return 1

@@ -128,7 +128,7 @@ class EngineClient(ABC):
 
     @abstractmethod
     def _on_start(self, message: Ready | Failed) -> None:
-        """The engine has been built, or could not be."""
+        """The engine has been built, or could not be, or has broken down."""
 
     def _on_message(self, message: Message) -> None:
         """Take what the engine says; whatever it is, it shows that the engine's loop turns."""

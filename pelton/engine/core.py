@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Protocol
 
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import Chunk, EngineRequest, Started, StepPlan, StepResult, Update
-from pelton.errors import EngineDeadError
+from pelton.errors import DeviceLostError, EngineDeadError, OutOfMemoryError
 
 logger = logging.getLogger(__name__)
+
+FATAL = DeviceLostError, EngineDeadError  # no plan will ever run again
 
 
 class Runner(Protocol):
     """What computes a plan. Running the same plan twice must give the same result and leave the same state.
 
+    It raises OutOfMemoryError if a smaller plan may fit, once it has released what memory it can, and DeviceLostError
+    or EngineDeadError if no plan will ever run again. Whatever it raises, it has taken over which requests are new and
+    which are gone.
     A runner that can begin a step before the one before has ended also has start(plan) -> Started | None: None where a
     result is needed at once, and run() is to be called.
     """
@@ -29,6 +35,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.runner = runner
         self._ahead: tuple[StepPlan, Started | None] | None = None  # a step that is planned, and perhaps has begun
+        self._unfit: StepPlan | None = None  # a plan that the memory did not hold
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. Raises RequestError if it can never run, OverloadedError if the queue is full."""
@@ -43,23 +50,17 @@ class EngineCore:
         return self.scheduler.has_work()
 
     def step(self) -> list[Update]:
-        """Compute one batch: at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests."""
+        """Compute one batch: at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests.
+
+        Whatever fails is failed alone, but DeviceLostError and EngineDeadError: then the engine is of no use any more.
+        """
         plan, started = self._ahead or self._begin(self.scheduler.schedule())
         self._ahead = None
-        if started is None:
-            return self.scheduler.commit(plan, run_isolated(self.runner, plan))
-        # While the step runs, the next one is planned, and begun behind it on the device.
-        next_plan = self.scheduler.schedule_ahead(plan)
-        if next_plan is not None:
-            self._ahead = self._begin(next_plan)
-        try:
-            result = started.finish()
-        except Exception:  # a kernel failed, and what was begun behind it is void
-            logger.debug("step %d failed", plan.step_id, exc_info=True)
-            if next_plan is not None:
-                self._ahead = next_plan, None
-            result = run_isolated(self.runner, plan)
-        return self.scheduler.commit(plan, result)
+        chunks, result = self._run(plan) if started is None else self._finish(plan, started)
+        updates = self.scheduler.commit(replace(plan, chunks=chunks), result)
+        if self._unfit is not None:
+            self._shrink(self._unfit, result)
+        return updates
 
     def _begin(self, plan: StepPlan) -> tuple[StepPlan, Started | None]:
         """Begin a step if the runner can; it is run later where that fails."""
@@ -68,36 +69,79 @@ class EngineCore:
             return plan, None
         try:
             return plan, start(plan)
-        except Exception:  # it will fail again when it is run, where the requests that are at fault are found
-            logger.debug("step %d could not be begun", plan.step_id, exc_info=True)
+        except FATAL:
+            raise
+        except Exception as error:  # if it fails again when it is run, the requests that are at fault are found
+            self._note_failure(plan, error)
             return plan, None
 
-
-def run_isolated(runner: Runner, plan: StepPlan) -> StepResult:
-    """Run a plan; if that fails, find the requests that make it fail and fail only those.
-
-    The plan is halved until a failing half is one chunk. Chunks are idempotent, so running one again is safe.
-    """
-    try:
-        return runner.run(plan)
-    except EngineDeadError:  # nothing can be run any more
-        raise
-    except Exception as error:  # whatever a kernel throws: it is reported to the request it belongs to
-        if not plan.chunks:
+    def _finish(self, plan: StepPlan, started: Started) -> tuple[tuple[Chunk, ...], StepResult]:
+        """While the step runs, the next one is planned, and begun behind it on the device."""
+        next_plan = self.scheduler.schedule_ahead(plan)
+        if next_plan is not None:
+            self._ahead = self._begin(next_plan)
+        try:
+            return plan.chunks, started.finish()
+        except FATAL:
             raise
+        except Exception as error:  # a kernel failed, and what was begun behind it is void
+            self._note_failure(plan, error)
+            if next_plan is not None:
+                self._ahead = next_plan, None
+        return self._run(plan)  # the traceback, and the tensors it holds, are gone
+
+    def _run(self, plan: StepPlan) -> tuple[tuple[Chunk, ...], StepResult]:
+        """Run a plan; if that fails, find the requests that make it fail and fail only those.
+
+        The plan is halved until a failing half is one chunk; where memory runs out, even that is cut, and its rest left
+        for later steps. Chunks are idempotent, so running one again is safe. Returns also what was computed.
+        """
+        try:
+            return plan.chunks, self.runner.run(plan)
+        except FATAL:
+            raise
+        except Exception as error:  # whatever a kernel throws: it is reported to the request it belongs to
+            if not plan.chunks:
+                raise
+            self._note_failure(plan, error)
+            is_memory = isinstance(error, OutOfMemoryError)
+            if len(plan.chunks) == 1 and not (is_memory and plan.num_tokens > 1):
+                return plan.chunks, _failed(plan, error)
         if len(plan.chunks) == 1:
-            request_id = plan.chunks[0].request_id
-            logger.exception("request %d failed in step %d", request_id, plan.step_id)
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            return StepResult(plan.step_id, errors={request_id: f"this request failed in the model: {reason}"})
+            return self._run(replace(plan, chunks=(_first_half(plan.chunks[0]),)))
         middle = len(plan.chunks) // 2
-        first = run_isolated(runner, _with_chunks(plan, plan.chunks[:middle]))
-        second = run_isolated(runner, _with_chunks(plan, plan.chunks[middle:]))
-        return _merge(first, second)
+        first, result = self._run(replace(plan, chunks=plan.chunks[:middle]))
+        second, other = self._run(replace(plan, chunks=plan.chunks[middle:]))
+        return first + second, _merge(result, other)
+
+    def _note_failure(self, plan: StepPlan, error: Exception) -> None:
+        logger.debug("step %d failed", plan.step_id, exc_info=error)
+        if isinstance(error, OutOfMemoryError) and (self._unfit is None or self._unfit.step_id != plan.step_id):
+            self._unfit = plan
+
+    def _shrink(self, plan: StepPlan, result: StepResult) -> None:
+        """Memory ran out: what was planned ahead does not go on from what was computed, and the next steps are smaller
+        than the plan that did not fit, unless that was a single request's doing."""
+        self._unfit = None
+        if self._ahead is not None:
+            self.scheduler.take_back(self._ahead[0])
+            self._ahead = None
+        if not result.errors:
+            self.scheduler.shrink(plan.num_tokens)
 
 
-def _with_chunks(plan: StepPlan, chunks: tuple[Chunk, ...]) -> StepPlan:
-    return StepPlan(plan.step_id, plan.new, chunks, plan.gone)
+def _failed(plan: StepPlan, error: Exception) -> StepResult:
+    """The result of a plan of one chunk, which is a single token where memory ran out."""
+    request_id = plan.chunks[0].request_id
+    logger.error("request %d failed in step %d", request_id, plan.step_id, exc_info=error)
+    if isinstance(error, OutOfMemoryError):
+        return StepResult(plan.step_id, errors={request_id: f"even alone this request does not fit: {error}"})
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return StepResult(plan.step_id, errors={request_id: f"this request failed in the model: {reason}"})
+
+
+def _first_half(chunk: Chunk) -> Chunk:
+    return replace(chunk, num_tokens=chunk.num_tokens // 2, sample=False)
 
 
 def _merge(a: StepResult, b: StepResult) -> StepResult:

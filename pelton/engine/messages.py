@@ -1,7 +1,8 @@
 """What passes between a door and an engine that runs in another thread or process.
 
     door -> engine   Start (first, and once), then EngineRequest and Abort, in the end Close
-    engine -> door   Progress while it loads; Ready or Failed; then one Report for each turn of its loop
+    engine -> door   Progress while it loads; Ready or Failed; then one Report for each turn of its loop; Failed
+                     where that breaks down for a known reason
 
 And between the ranks of one engine (ranks.py):
 
@@ -68,7 +69,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The engine cannot start."""
+    """The engine cannot start, or not go on."""
 
     error: PeltonError
 
@@ -99,14 +100,16 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Start a step."""
+    """Begin a step."""
 
     plan: StepPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Finish the oldest step that was started."""
+    """Finish a step that was begun. Those begun before it and not finished have failed on rank 0."""
+
+    step_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,8 @@ class Meet:
 @dataclass(frozen=True, slots=True)
 class Met:
     """A rank is where it is to meet the others."""
+
+    place: int = 0  # how often it has met them in its steps, see ModelRunner.place
 
 
 Command = Start | EngineRequest | Abort | Refusal | Close

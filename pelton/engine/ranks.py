@@ -3,7 +3,8 @@
     rank 0 --Run, Begin, Finish--> the others    what rank 0's runner does, they do, in the same order
 
 Each rank has a share of the model on a device of its own. Within a step they wait for each other, so none is asked
-whether it is done. One that dies, or fails alone, ends the engine.
+whether it is done. Where rank 0 fails, it makes sure that the others have come as far, and then may run what smaller
+plans it likes; a rank that dies, or fails where others do not, ends the engine.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pelton.engine.messages import Begin, Failed, Finish, Meet, Met, Order, Run,
 from pelton.engine.process import EXIT_S, RECEIVE_BYTES, how_it_ended, launch
 from pelton.engine.step import EngineRequest, Started, StepPlan, StepResult
 from pelton.engine.wire import FrameParser, WireError, encode
-from pelton.errors import EngineDeadError, PeltonError
+from pelton.errors import DeviceError, DeviceLostError, EngineDeadError, PeltonError
 from pelton.types import SamplingParams
 
 ANSWER_S = 30.0  # after a step that failed, for what the others still compute
@@ -38,6 +39,9 @@ T = TypeVar("T")
 
 class LeadingRunner(Runner, Protocol):
     """Rank 0's own runner."""
+
+    @property
+    def place(self) -> int: ...
 
     def can_start(self, plan: StepPlan) -> bool: ...
 
@@ -78,19 +82,24 @@ class Workers:
                 member.thread.join()  # until it is known why
                 self.check()
 
-    def wait(self, timeout: float | None = None) -> None:
+    def wait(self) -> None:
         """Until each has come to the next place where all meet. EngineDeadError, or what keeps one from it."""
         for member in self._members:
-            try:
-                if member.answers.get(timeout=timeout) is None:
-                    self._give_up(member.error)
-            except Empty:
-                self._give_up(EngineDeadError(f"rank {member.rank} does not answer after a step that failed"))
+            if member.answers.get() is None:
+                self._give_up(member.error)
 
-    def meet(self) -> None:
-        """After a failure: make sure that the others are where this rank is. EngineDeadError if they are not."""
+    def meet(self, place: int, failure: Exception) -> None:
+        """After a failure here, at this place: make sure that the others are there. EngineDeadError if they are not."""
         self.send(Meet())
-        self.wait(ANSWER_S)
+        for member in self._members:
+            with suppress(Empty):
+                answer = member.answers.get(timeout=ANSWER_S)
+                if answer is None:
+                    self._give_up(member.error)
+                elif answer.place == place:
+                    continue
+            reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            self._give_up(EngineDeadError(f"rank 0 failed where rank {member.rank} did not: {reason}"))
 
     def check(self, patience: float = 0.0) -> None:
         """Raise if one is lost, or is in so many seconds."""
@@ -108,11 +117,9 @@ class Workers:
         try:
             yield
             self.check()
-        except PeltonError:
-            self.close()
-            raise
-        except BaseException:
-            self.check(EXIT_S)
+        except BaseException as error:
+            if not isinstance(error, PeltonError) or isinstance(error, DeviceError):
+                self.check(EXIT_S)
             self.close()
             raise
 
@@ -193,7 +200,7 @@ def _device_of(rank: int) -> str:
 class TeamRunner:
     """Runs plans on all ranks. Implements core.Runner.
 
-    A step that fails on rank 0 is run again in parts if the others failed with it, or were done.
+    A step that fails on rank 0 can be run again in parts if the others failed with it, or were done.
     """
 
     def __init__(self, runner: LeadingRunner, workers: Workers) -> None:
@@ -209,14 +216,18 @@ class TeamRunner:
             return None
         self.workers.send(Begin(_bare(plan)))
         started = self.together(partial(self.runner.start, plan))
-        return None if started is None else _Started(self, started)
+        return None if started is None else _Started(self, plan.step_id, started)
 
     def together(self, do: Callable[[], T]) -> T:
         """`do`, which the others have been told to do. EngineDeadError if they are lost."""
         try:
             result = do()
-        except Exception:
-            self.workers.meet()
+        except DeviceLostError:
+            self.workers.check()  # which may be why
+            self.workers.close()
+            raise
+        except Exception as error:
+            self.workers.meet(self.runner.place, error)
             raise
         self.workers.check()
         return result
@@ -225,12 +236,13 @@ class TeamRunner:
 class _Started:
     """A step that all ranks have begun."""
 
-    def __init__(self, team: TeamRunner, started: Started) -> None:
+    def __init__(self, team: TeamRunner, step_id: int, started: Started) -> None:
         self._team = team
+        self._step_id = step_id
         self._started = started
 
     def finish(self) -> StepResult:
-        self._team.workers.send(Finish())
+        self._team.workers.send(Finish(self._step_id))
         return self._team.together(self._started.finish)
 
 

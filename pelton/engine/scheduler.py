@@ -8,12 +8,16 @@ one that ranks below it, and a request that was preempted is the next of its pri
 
 A waiting request does not preempt a running one, whatever its priority: it gets the next place that is free.
 
+Where the memory did not hold a step, steps are smaller for a while (shrink), and the running requests of worst rank
+give up their blocks if there are more of them than tokens.
+
 commit() goes by the plan it is given and skips requests that have ended meanwhile, and a block that is given back
 is written again only by a later plan. So a loop may plan step n + 1 while step n runs (schedule_ahead).
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import bisect_left, insort
 from collections import Counter
@@ -27,6 +31,9 @@ from pelton.engine.request import Request
 from pelton.engine.step import Chunk, EngineRequest, StepPlan, StepResult, Update
 from pelton.errors import ConfigError, OverloadedError, PromptTooLongError, RequestError
 
+logger = logging.getLogger(__name__)
+
+CALM_STEPS = 32  # that fit, before steps become larger again
 STEP_SIZES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # bounds that steps are counted by
 
 
@@ -60,8 +67,8 @@ class Scheduler:
         self._cache = cache
         self._clock = clock
         self._pool = BlockPool(cache.num_blocks)
-        # each running request gets a token in each step, so there are never more of them than tokens
-        self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._max_tokens = config.max_num_batched_tokens  # of a step; fewer where the memory did not hold them
+        self._num_calm = 0  # steps that fit since that last changed
         self._requests: dict[int, Request] = {}
         self._waiting: list[Request] = []  # by rank
         self._running: list[Request] = []  # by rank
@@ -166,6 +173,34 @@ class Scheduler:
         self._count(chunks)
         return StepPlan(self._num_steps, (), tuple(chunks), gone)
 
+    def take_back(self, plan: StepPlan) -> None:
+        """Forget a plan of schedule_ahead(); what it would have computed is planned again."""
+        self._gone += plan.gone
+
+    def shrink(self, num_tokens: int) -> None:
+        """A step of so many tokens did not fit the memory: for a while each has at most half of them."""
+        self._max_tokens, self._num_calm = max(1, min(self._max_tokens, num_tokens // 2)), 0
+        logger.warning("a step of %d tokens did not fit the memory; the next have at most %d", num_tokens,
+                       self._max_tokens)
+        while len(self._running) > self._max_running:
+            self._preempt_last()
+
+    def _grow(self) -> None:
+        """A step fitted."""
+        self._num_calm += 1
+        if self._num_calm == CALM_STEPS:
+            self._max_tokens, self._num_calm = min(2 * self._max_tokens, self._config.max_num_batched_tokens), 0
+
+    @property
+    def _is_reduced(self) -> bool:
+        """Whether steps are smaller than they are meant to be."""
+        return self._max_tokens < self._config.max_num_batched_tokens
+
+    @property
+    def _max_running(self) -> int:
+        """Each running request gets a token in each step, so there are never more of them than tokens."""
+        return min(self._config.max_num_seqs, self._max_tokens)
+
     def _count(self, chunks: list[Chunk]) -> None:
         self._num_steps += 1
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
@@ -175,7 +210,7 @@ class Scheduler:
 
     def _schedule_running(self, chunks: list[Chunk]) -> tuple[int, bool]:
         """Serve running requests by rank; returns the tokens left, and whether there were too few blocks."""
-        budget = self._config.max_num_batched_tokens
+        budget = self._max_tokens
         num_before, is_short = len(self._running), False
         for index, request in enumerate(self._running):  # preemption shortens the list behind the current request
             num_behind = len(self._running) - index - 1  # a token is kept for each of them
@@ -212,7 +247,7 @@ class Scheduler:
             request = self._waiting[0]
             prefix = request.kv.find_prefix(request.token_ids, request.max_prefix)
             num_left = len(request.token_ids) - len(prefix[0]) * self._cache.block_size
-            if num_left > budget and not self._config.enable_chunked_prefill:
+            if num_left > budget and not (self._config.enable_chunked_prefill or self._is_reduced):
                 return
             if not self._has_room(request, prefix):
                 return
@@ -251,6 +286,8 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult) -> list[Update]:
         """Apply what a step computed. Requests aborted meanwhile are no longer here: their results are dropped."""
         updates, self._aborted = self._aborted, []
+        if self._is_reduced and plan.chunks:
+            self._grow()
         for chunk in plan.chunks:
             request = self._requests.get(chunk.request_id)
             if request is not None:

@@ -72,6 +72,11 @@ class StepPlan:
     chunks: tuple[Chunk, ...]
     gone: tuple[int, ...]  # requests that ended since the last plan: the runner drops their state
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it computes."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:

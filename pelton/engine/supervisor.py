@@ -43,7 +43,7 @@ class ChildClient(EngineClient):
         self._limits = limits or Limits()
         self._child = _Child(builder)
         self._started: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
-        self._failure: PeltonError | None = None  # why the newest child did not start
+        self._failure: PeltonError | None = None  # why the newest child did not start, or did not go on
         self._supervisor: asyncio.Task[None] | None = None
 
     @property
@@ -92,7 +92,7 @@ class ChildClient(EngineClient):
             await asyncio.wait([child.gone], timeout=self._limits.stall_s / 4)
             if self.state is State.READY and self.heartbeat_age > self._limits.stall_s:
                 return f"the engine stood still for {self.heartbeat_age:.0f} s"
-        return "the engine's process died"
+        return f"the engine's process died ({self._failure})" if self._failure else "the engine's process died"
 
     def _give_up(self, error: PeltonError) -> None:
         if self._started.done():

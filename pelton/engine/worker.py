@@ -23,20 +23,24 @@ from pelton.engine.host import load_function
 from pelton.engine.messages import Begin, Failed, Finish, Meet, Met, Run
 from pelton.engine.process import Send, attach
 from pelton.engine.step import Started, StepPlan
-from pelton.errors import EngineDeadError, PeltonError
+from pelton.errors import DeviceLostError, EngineDeadError, PeltonError
 
 ALONE_S = 20.0  # rank 0 asks for a meeting so soon, if what failed here failed there, too
 
 logger = logging.getLogger(__name__)
 
-WorkerBuilder = Callable[[EngineArgs, int, Path, Callable[[], None]], Runner]
-"""Of the arguments, the rank, the folder where ranks find each other, and a function that waits for rank 0."""
 
+class RankRunner(Runner, Protocol):
+    """A rank's runner."""
 
-class _Beginner(Runner, Protocol):
-    """A runner that can begin steps."""
+    @property
+    def place(self) -> int: ...
 
     def start(self, plan: StepPlan) -> Started | None: ...
+
+
+WorkerBuilder = Callable[[EngineArgs, int, Path, Callable[[], None]], RankRunner]
+"""Of the arguments, the rank, the folder where ranks find each other, and a function that waits for rank 0."""
 
 
 def main(fd: int, rank: int, folder: str, builder: str) -> int:
@@ -44,9 +48,12 @@ def main(fd: int, rank: int, folder: str, builder: str) -> int:
     orders, send = attach(fd, f"rank {rank}", partial(shutil.rmtree, folder, ignore_errors=True))
     try:
         build: WorkerBuilder = load_function(builder)
-        work(build(orders.get().args, rank, Path(folder), lambda: send(Met())), orders, send)
-    except PeltonError as error:
-        send(Failed(error))
+        try:
+            runner = build(orders.get().args, rank, Path(folder), lambda: send(Met()))
+        except PeltonError as error:
+            send(Failed(error))
+            return 1
+        work(runner, orders, send)
     except Exception as error:
         logger.exception("rank %d failed", rank)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -54,37 +61,38 @@ def main(fd: int, rank: int, folder: str, builder: str) -> int:
     return 1
 
 
-def work(runner: Any, orders: SimpleQueue[Any], send: Send) -> None:
+def work(runner: RankRunner, orders: SimpleQueue[Any], send: Send) -> None:
     """Do what rank 0 does, until the process ends.
 
     What fails on every rank at the same place is rank 0's to deal with: it asks for a meeting, and goes on. Raises what
-    failed here alone: then ranks no longer are where the others are.
+    failed here alone: then this rank no longer is where the others are.
     """
-    started: deque[Started] = deque()
+    started: deque[tuple[int, Started | None]] = deque()  # and their step ids
     while True:
         order = orders.get()
         try:
             _obey(order, runner, started, send)
         except Exception as error:
             logger.debug("%s failed", type(order).__name__, exc_info=True)
-            if not _is_met(orders):
+            if isinstance(error, DeviceLostError) or not _is_met(orders):
                 raise
             logger.debug("so it did on rank 0: %s", error)
-            send(Met())
+            send(Met(runner.place))
 
 
-def _obey(order: Any, runner: _Beginner, started: deque[Started], send: Send) -> None:
+def _obey(order: Any, runner: RankRunner, started: deque[tuple[int, Any]], send: Send) -> None:
     if isinstance(order, Run):
         started.clear()  # what is left of steps that failed
         runner.run(order.plan)
     elif isinstance(order, Begin):
-        step = runner.start(order.plan)
-        if step is not None:
-            started.append(step)
+        started.append((order.plan.step_id, runner.start(order.plan)))
     elif isinstance(order, Finish):
-        started.popleft().finish()
+        step_id, step = started.popleft()
+        while step_id != order.step_id:
+            step_id, step = started.popleft()
+        step.finish()
     elif isinstance(order, Meet):
-        send(Met())
+        send(Met(runner.place))
 
 
 def _is_met(orders: SimpleQueue[Any]) -> bool:

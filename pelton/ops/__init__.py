@@ -123,6 +123,20 @@ def select_rows(x: Tensor, row_ids: Tensor) -> Tensor:
     return x.index_select(0, row_ids)
 
 
+@op
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as int8 times a scale each, which is their largest number / 127: [T, K] -> int8 [T, K], float32 [T].
+
+    Rounded to even. The scale of a row with numbers that are not finite is not finite.
+    """
+    x = x.float()
+    scales = x.abs().amax(-1) / 127
+    return (x / scales.clamp(min=2e-38)[:, None]).round().nan_to_num().to(torch.int8), scales
+
+
+quantize_rows.only_on = "cuda"  # on a CPU products round their input themselves
+
+
 # --- positions and the cache -----------------------------------------------------------------------------------------
 
 

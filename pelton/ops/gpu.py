@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -23,4 +25,28 @@ def why_not() -> str:
         )
     if find_spec("triton") is None:
         return "triton is missing, which torch installs with CUDA on Linux: steps run in plain torch, slowly"
+    if nvrtc() is None:
+        return f"libnvrtc of the package {nvrtc_package()} is missing: steps run in plain torch, slowly; install it"
     return ""
+
+
+@cache
+def nvrtc() -> ctypes.CDLL | None:
+    """The compiler of CUDA C++, in the packages that torch depends on."""
+    name = f"libnvrtc.so.{_cuda_major()}"
+    for path in (name, *map(str, Path(torch.__file__).parent.parent.glob(f"nvidia/*/lib/{name}"))):
+        try:
+            return ctypes.CDLL(path)
+        except OSError:
+            continue
+    return None
+
+
+def nvrtc_package() -> str:
+    """The Python package that has it."""
+    major = _cuda_major()
+    return "nvidia-cuda-nvrtc" + (f"-cu{major}" if major.isdecimal() and int(major) < 13 else "")
+
+
+def _cuda_major() -> str:
+    return (torch.version.cuda or "").partition(".")[0]

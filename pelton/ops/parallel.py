@@ -29,6 +29,7 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
+        self.num_collectives = 0  # calls so far: where it is equal, ranks are in step
         self._group: Any = None
         self._lock = threading.Lock()
 
@@ -106,6 +107,7 @@ class Ranks:
         work = getattr(group, collective)(*tensors, options)
         if work is not None:
             work.wait()
+        self.num_collectives += 1
 
     def abort(self) -> None:
         """End collectives that wait for a rank that is lost; there can be no more. To be called from a thread of its

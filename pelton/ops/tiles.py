@@ -24,3 +24,4 @@ class Tiles:
     scales: Tensor  # uint8: [N / 16, groups, 8 rows, (row, row + 8), (scale, minimum)]
     supers: Tensor  # float16, likewise for every 256 columns; or empty
     values: Tensor  # float32 [16], where codes are indices; or empty
+    float8: bool  # codes of 8 bits are those of float8_e4m3fn

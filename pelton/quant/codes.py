@@ -12,7 +12,7 @@ from torch import Tensor
 class Codes:
     """Rows of codes q, each group of columns with a scale d and perhaps a minimum m:
 
-    w = d (q - zero), or d q - m, or d value[q].
+    w = d (q - zero), or d q - m, or d value[q], or with float8 d number(q).
 
     Where `supers` are given, scales (and minima) are integers, multiples of numbers for more columns.
     """
@@ -25,6 +25,7 @@ class Codes:
     values: tuple[float, ...] | None = None  # 16, where codes are indices
     supers: Tensor | None = None  # float32 (of float16) [N, K / columns of a super group]
     super_mins: Tensor | None = None
+    float8: bool = False  # codes are the bits of float8_e4m3fn
 
     def weights(self) -> Tensor:
         """W, float32 [N, K]: the definition."""
@@ -32,6 +33,8 @@ class Codes:
         if self.values is not None:
             table = torch.tensor(self.values, dtype=torch.float32, device=self.codes.device)
             w = _by_group(table[self.codes.int()], d)
+        elif self.float8:
+            w = _by_group(self.codes.view(torch.float8_e4m3fn).float(), d)
         elif self.zero:
             w = _by_group(self.codes.float() - self.zero, d)
         else:

@@ -5,19 +5,21 @@ codes are opened into numbers, which cost little beside the product.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pelton.ops.cuda import few_rows, rows
+from pelton import ops
+from pelton.ops.cuda import few_rows, int8, rows
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 from pelton.quant import CODED
 from pelton.quant.codes import Codes
-from pelton.quant.layout import Blocks, Codebook4, Dense, Int, LinearWeight, Stack
+from pelton.quant.layout import W8A8, Blocks, Codebook4, Dense, Float8, Int, LinearWeight, Stack
 from pelton.quant.tiled import make_tiles
 
 MAX_DENSE_ROWS = 4  # more are multiplied as fast by torch
@@ -45,18 +47,21 @@ class Whole(OnGPU):
     """A weight in one layout."""
 
     operand: Tensor | Tiles  # what is multiplied with
+    then: Tensor | Tiles | None = None  # what is multiplied with after it in a step
 
     def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
-        if not self._is_for_few(x) or not few_rows.accepts_gated(x, self.operand):
+        if _order is not None or not self._is_for_few(x) or not few_rows.accepts_gated(x, self.operand):
             return None
         out = x.new_empty(x.shape[0], self.shape[0] // 2)
-        few_rows.multiply(x, self.operand, out, bias, gate=gate)
+        few_rows.multiply(x, self.operand, out, bias, gate=gate, then=self.then)
         return out
 
     def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
         weight = self.operand
+        if _order is not None:
+            _order.append(self)
         if self._is_for_few(x) and few_rows.accepts(x, weight):
-            few_rows.multiply(x, weight, out, bias, accumulate)
+            few_rows.multiply(x, weight, out, bias, accumulate, then=self.then)
             return
         numbers = few_rows.open_tiles(weight, x.dtype) if isinstance(weight, Tiles) else weight
         if accumulate:
@@ -66,13 +71,30 @@ class Whole(OnGPU):
         elif out.dtype == x.dtype:
             torch.addmm(bias, x, numbers.T, out=out) if bias is not None else torch.mm(x, numbers.T, out=out)
         else:
-            out.copy_(torch.mm(x, numbers.T, out_dtype=out.dtype))
+            torch.mm(x, numbers.T, out_dtype=out.dtype, out=out)
             if bias is not None:
                 out.add_(bias)
 
     def _is_for_few(self, x: Tensor) -> bool:
         """Whether x has so few rows that torch is not as fast."""
         return isinstance(self.operand, Tiles) or x.shape[0] <= MAX_DENSE_ROWS
+
+
+_order: list[Whole] | None = None
+
+
+@contextmanager
+def noting_order() -> Iterator[None]:
+    """A step runs in this context: its weights note which is multiplied after which. (A gate is not fused in it.)"""
+    global _order
+    noted: list[Whole] = []
+    _order = noted
+    try:
+        yield
+    finally:
+        _order = None
+    for weight, then in pairwise([*noted, *noted[:1]]):
+        weight.then = then.operand
 
 
 class Numbers(Whole):
@@ -103,6 +125,25 @@ class Tiled(Whole):
 
     def rows(self, ids: Tensor, scale: float = 1.0) -> Tensor:
         return few_rows.open_tiles(self.tiles, self.dtype, ids, scale)
+
+
+class Int8(OnGPU):
+    """An int8 weight whose input is rounded to int8: whichever kernel multiplies, a row's bits are the same."""
+
+    def __init__(self, weight: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
+        """weight: int8 [N, K]; scales: float32 [N]; dtype: the compute dtype."""
+        self.weight = weight
+        self.scales = scales
+        self.shape = (weight.shape[0], weight.shape[1])
+        self.dtype = dtype
+
+    def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
+        numbers, x_scales = ops.quantize_rows(x)
+        multiply = few_rows.multiply_int8 if few_rows.accepts_int8(numbers, out, bias) else int8.multiply
+        multiply(numbers, x_scales, self.weight, self.scales, out, bias, accumulate)
+
+    def dequantize(self) -> Tensor:
+        return (self.weight * self.scales[:, None]).to(self.dtype)
 
 
 class Ordered(OnGPU):
@@ -157,16 +198,26 @@ def _join(parts: Sequence[LinearWeight], dtype: torch.dtype) -> list[OnGPU]:
     if isinstance(first, Int) and first.order is not None:  # alone: `_kind` puts it with no other
         unordered = Int(first.bits, first.codes, first.scales, first.zeros)
         return [Ordered(_join([unordered], dtype)[0], first.order)]
+    if isinstance(first, W8A8):
+        return [Int8((first.codes - 128).view(torch.int8).contiguous(), first.scales.flatten(), dtype)]
     if len(parts) > 1 and any(part.shape[0] % ROWS for part in parts[:-1]):
         return [joined for part in parts for joined in _join([part], dtype)]
-    if isinstance(first, Dense) or first.shape[1] % COLUMNS:
+    if isinstance(first, Dense) or first.shape[1] % COLUMNS or dtype not in few_rows.HALVES:
         return [Numbers(torch.cat([part.dequantize().to(dtype) for part in parts]))]
     return [Tiled(make_tiles(_concatenate([_codes(part) for part in parts])), dtype)]
 
 
 def _kind(weight: LinearWeight) -> object:
     """Weights of one kind, one below the other, are one weight."""
-    return weight.type.name if isinstance(weight, Blocks) else id(weight)
+    if isinstance(weight, Blocks):
+        return weight.type.name
+    if isinstance(weight, Float8):
+        return Float8, weight.group
+    if isinstance(weight, Codebook4):
+        return Codebook4, weight.group, tuple(weight.values.tolist())
+    if type(weight) is Int and weight.order is None:
+        return Int, weight.bits, weight.group, None if isinstance(weight.zeros, Tensor) else weight.zeros
+    return id(weight)
 
 
 def _codes(weight: LinearWeight) -> Codes:
@@ -177,6 +228,10 @@ def _codes(weight: LinearWeight) -> Codes:
         return _rows(blocks, weight.shape[0])
     if isinstance(weight, Codebook4):
         return Codes(4, weight.codes, weight.scales, values=tuple(weight.values.tolist()))
+    if isinstance(weight, Float8):
+        # Kernels take codes that are no numbers for some: then the group's scale is none.
+        broken = (weight.codes & 127 == 127).view(*weight.scales.shape, -1).any(-1)
+        return Codes(8, weight.codes, weight.scales.masked_fill(broken, torch.nan), float8=True)
     if not isinstance(weight, Int):
         raise TypeError(f"{type(weight).__name__} has no codes")
     scales, zeros = weight.scales.float(), weight.zeros

@@ -6,6 +6,7 @@ kernels stream.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pelton import ops
 from pelton.errors import ConfigError
 from pelton.quant import FORMATS
 from pelton.weights.stored import BlockType
@@ -126,6 +128,54 @@ class Int(LinearWeight):
         return Int(self.bits, _cut(self.codes, rows, columns), _cut(self.scales, rows, groups), zeros, self.order)
 
 
+class W8A8(Int):
+    """Int8 with a scale for each row, whose input is rounded to int8 too, with a scale for each token.
+
+    compressed-tensors' int8 with dynamic activations is lowered to this. Sums of integers are exact: no row of the
+    result depends on others. A packed weight on a CPU rounds its input as all weights do there, in blocks of 32 or not.
+    """
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        """codes: uint8 [N, K], int8 plus 128; scales: float32 [N, 1]."""
+        super().__init__(8, codes, scales, 128)
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
+        numbers, x_scales = ops.quantize_rows(x)
+        sums = numbers.double() @ (self.codes.double() - 128).T  # exact, as in int32
+        y = sums.float() * x_scales[:, None] * self.scales[:, 0]
+        y = (y if bias is None else y + bias).to(x.dtype)
+        return y if add_to is None else add_to.add_(y)
+
+    def part(self, rows: range, columns: range) -> LinearWeight:
+        """Of some columns: their input is rounded with a scale of its own, which is no coarser than that of all."""
+        return W8A8(_cut(self.codes, rows, columns), _cut(self.scales, rows, range(1)))
+
+
+class Float8(LinearWeight):
+    """Codes of float8_e4m3fn (arXiv:2209.05433), with a scale for each group of columns: w = scale number(code)."""
+
+    def __init__(self, codes: Tensor, scales: Tensor, block: tuple[int, int]) -> None:
+        """codes: uint8 [N, K], the bits; scales: float32, one for each block of so many rows and columns, by rows:
+        (N, K) is one scale for all, (1, K) one for each row, (128, 128) what published checkpoints have."""
+        num_out, num_in = self.shape = (codes.shape[0], codes.shape[1])
+        num_rows, num_columns = block
+        if num_columns < num_in:  # groups of one size, where the last block has fewer columns
+            self.group = math.gcd(num_columns, num_in)
+            scales = scales.repeat_interleave(num_columns // self.group, dim=1)[:, : num_in // self.group]
+        else:
+            self.group = num_in
+        self.codes = codes
+        self.scales = scales.repeat_interleave(num_rows, dim=0)[:num_out]  # [N, K / group]
+
+    def dequantize(self) -> Tensor:
+        numbers = self.codes.view(torch.float8_e4m3fn).float()
+        return numbers * self.scales.repeat_interleave(self.group, dim=1)
+
+    def part(self, rows: range, columns: range) -> LinearWeight:
+        groups = _groups(columns, self.group, self.shape)
+        return Float8(_cut(self.codes, rows, columns), _cut(self.scales, rows, groups), (1, self.group))
+
+
 class Codebook4(LinearWeight):
     """4-bit codes of 16 values, with a scale for each group of columns: w = scale value[code].
 
@@ -183,4 +233,7 @@ def fuse(parts: Sequence[LinearWeight]) -> LinearWeight:
         return parts[0]
     if all(isinstance(part, Dense) for part in parts):
         return Dense(torch.cat([part.dequantize() for part in parts]))
+    if all(isinstance(part, W8A8) for part in parts):  # so that the input is rounded once
+        codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
+        return W8A8(codes, scales)
     return Stack(parts)

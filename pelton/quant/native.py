@@ -11,7 +11,7 @@ from torch import Tensor
 from pelton.ops import cpu
 from pelton.ops.native import native
 from pelton.ops.recording import empty
-from pelton.quant.layout import Blocks, Codebook4, Dense, Int, LinearWeight, Stack
+from pelton.quant.layout import Blocks, Codebook4, Dense, Float8, Int, LinearWeight, Stack
 
 BLOCK = 32  # columns that are multiplied at once: groups have whole blocks
 TILE = 16  # rows of a tile: weights are joined where both have whole tiles
@@ -74,12 +74,16 @@ class Table(LinearWeight):
         return self.weight.dequantize()
 
 
-def pack(weight: LinearWeight, activations: str) -> LinearWeight:
-    """`weight` packed; as it is where the extension module has no layout for it, or is missing."""
+def pack(weight: LinearWeight, activations: str, dtype: torch.dtype = torch.float32) -> LinearWeight:
+    """`weight` packed; as it is where the extension module has no layout for it, or is missing. What has a layout only
+    as numbers becomes numbers of `dtype`."""
     if native is None:
         return weight
+    if isinstance(weight, Float8):
+        return pack(Dense(weight.dequantize().to(dtype)), activations)
     if isinstance(weight, Stack):
-        runs = [list(run) for _, run in groupby(weight.parts, key=_kind)]
+        as_numbers = [Dense(p.dequantize().to(dtype)) if isinstance(p, Float8) else p for p in weight.parts]
+        runs = [list(run) for _, run in groupby(as_numbers, key=_kind)]
         parts = [part for run in runs for part in _join(run, activations)]
         if not all(isinstance(part, Packed) for part in parts):
             return weight

@@ -33,6 +33,7 @@ def make_tiles(parts: Codes) -> Tiles:
         _by_lane(numbers, group, num_in),
         torch.empty(0, device=codes.device) if parts.supers is None else _by_lane(_supers(parts), 256, num_in),
         torch.tensor(parts.values or (), dtype=torch.float32, device=codes.device),
+        parts.float8,
     )
 
 

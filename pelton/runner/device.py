@@ -1,30 +1,38 @@
-"""What the machine offers."""
+"""What the machine offers, and what fails on it."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from pelton.config import DeviceConfig, DeviceFacts
-from pelton.errors import ConfigError
+from pelton.errors import ConfigError, DeviceError, DeviceLostError, OutOfMemoryError
 from pelton.ops import gpu
 from pelton.ops.native import native
 from pelton.ops.parallel import ALONE, Ranks
 
+T = TypeVar("T")
 
-def probe_device(kind: str, ranks: Ranks = ALONE) -> DeviceFacts:
-    """Facts about "cpu", "cuda", or for "auto" the best there is. ConfigError if there is no such device.
+# What libraries say that do not raise torch's own error: the driver, Triton, cuBLAS.
+NO_MEMORY = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+
+
+def probe_device(kind: str, visible: str | None = None, ranks: Ranks = ALONE) -> DeviceFacts:
+    """Facts about "cpu", "cuda", or for "auto" the best there is. visible: CUDA_VISIBLE_DEVICES.
 
     Each of several ranks has a GPU of its own (the first sees all of them, the others theirs), or a share of the CPU.
+    ConfigError if there is no such device, DeviceError if it cannot be used.
     """
     has_cuda = torch.cuda.is_available()
     if kind == "cuda" and not has_cuda:
-        raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu or install torch with CUDA")
+        raise ConfigError(f"--device cuda: {_why_no_gpu(visible)}; or use --device cpu")
     cpus = _usable_cpus()
     num_cores = _num_cores(cpus)
     if kind == "cuda" or (kind == "auto" and has_cuda):
@@ -34,7 +42,7 @@ def probe_device(kind: str, ranks: Ranks = ALONE) -> DeviceFacts:
                 f"--tensor-parallel-size {ranks.size}: torch sees {num_devices} GPU{'s' * (num_devices > 1)}; use "
                 f"{num_devices}, or name more in CUDA_VISIBLE_DEVICES if it is set"
             )
-        free_bytes, _ = torch.cuda.mem_get_info()
+        free_bytes = _open_gpu()
         capability = torch.cuda.get_device_capability()
         name, has_bf16 = torch.cuda.get_device_name(), capability >= (8, 0)
         has_kernels = not gpu.why_not()
@@ -54,6 +62,92 @@ def least_of_all(facts: DeviceFacts, ranks: Ranks) -> DeviceFacts:
     return replace(
         facts, free_bytes=free_bytes, has_fast_bf16=has_fast_bf16, has_float8=has_float8, keeps_formats=keeps_formats
     )
+
+
+def _why_no_gpu(visible: str | None) -> str:
+    """Why torch sees no GPU, and what helps."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA; install one with it (pip install torch, on Linux)"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        why = ""
+    except RuntimeError as error:
+        why = first_line(error)
+    if "driver" in why and "too old" in why:
+        found = re.search(r"found version (\d+)", why)  # 12040 is 12.4
+        known = f"of CUDA {int(found[1]) // 1000}.{int(found[1]) % 1000 // 10} " if found else ""
+        return (
+            f"the NVIDIA driver {known}is too old for this torch, which is for CUDA {torch.version.cuda}; update the "
+            "driver, or install a torch for the CUDA that it knows"
+        )
+    if "no NVIDIA driver" in why:
+        return "there is no NVIDIA driver; install it (a container is to be started with --gpus all)"
+    if visible is not None:
+        return f"CUDA_VISIBLE_DEVICES={visible} names no GPU of this machine; unset it, or name one as nvidia-smi does"
+    return f"torch sees no GPU{f' ({why})' if why else ''}; see whether nvidia-smi does"
+
+
+def _open_gpu() -> int:
+    """Begin to use the GPU; returns its free memory in bytes. DeviceError if it does not work."""
+    try:
+        torch.ones(1, device="cuda").item()
+        return torch.cuda.mem_get_info()[0]
+    except RuntimeError as error:
+        why = first_line(error)
+    if "no kernel image" in why:
+        major, minor = torch.cuda.get_device_capability()
+        raise DeviceError(
+            f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name()} (compute capability {major}."
+            f"{minor}); install a torch for an older CUDA, or use --device cpu"
+        )
+    raise DeviceError(
+        f"the GPU cannot be opened ({why}); see with nvidia-smi who uses it and its memory, or use --device cpu"
+    )
+
+
+def guard(compute: Callable[[], T], doing: str, remedy: str) -> T:
+    """What `compute` returns. If a GPU fails: OutOfMemoryError "... ran out {doing}; {remedy}", when memory that torch
+    keeps has been released; DeviceLostError if it will not answer again. Other errors pass."""
+    try:
+        return compute()
+    except Exception as error:
+        failure = _failure_of_gpu(error, doing, remedy)
+        if failure is None:
+            raise
+    # Here no traceback holds the tensors of what failed any more.
+    if isinstance(failure, OutOfMemoryError):
+        torch.cuda.empty_cache()
+    raise failure
+
+
+def _failure_of_gpu(error: BaseException, doing: str, remedy: str) -> DeviceError | None:
+    if is_out_of_memory(error):
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        tried = f", {asked[1]} were asked for in vain" if asked else ""
+        return OutOfMemoryError(f"GPU memory ran out {doing}{tried}; {remedy}")
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:  # and so will whatever is called next
+            return DeviceLostError(
+                f"the GPU failed and does not answer again ({first_line(error)}); only a new process can use it"
+            )
+    return None
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Also where one of another kind followed from it, as in a capture that is broken off."""
+    while error is not None:
+        is_ours = isinstance(error, (torch.OutOfMemoryError, OutOfMemoryError))
+        if is_ours or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
+            return True
+        error = error.__context__
+    return False
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
 def use_cpu(config: DeviceConfig, isa: str | None) -> str:
@@ -113,6 +207,13 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return "this CPU"
+
+
+def free_memory(kind: str) -> int:
+    """Bytes that are free on a device: what torch keeps of a GPU's memory without using it, too."""
+    if kind == "cpu":
+        return _free_memory()
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def _free_memory() -> int:

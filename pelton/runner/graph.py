@@ -62,13 +62,17 @@ class Graphs(Captured):
     """On a GPU."""
 
     def __init__(self, model: Model, kv: KVCache, max_requests: int, max_blocks: int) -> None:
+        from pelton.quant.gpu import noting_order  # its kernels need Triton
+
         self.buffers = BatchBuffers(kv, max_requests, max_requests, max_blocks)
         self._model = model
         self._sizes = [size for size in SIZES if size < max_requests] + [max_requests]
         self._pool = torch.cuda.graph_pool_handle()
+        self.num_replays = 0
         # All graphs leave their results here: nothing of their own memory is kept, so that they share it.
-        hidden = model.forward(self.buffers.batch(max_requests, max_requests))
-        self._hidden, self._logits = hidden, model.logits(hidden)
+        with noting_order():
+            hidden = model.forward(self.buffers.batch(max_requests, max_requests))
+            self._hidden, self._logits = hidden, model.logits(hidden)
         self._captured = {size: self._capture(size) for size in reversed(self._sizes)}
 
     def takes(self, chunks: Sequence[Chunk]) -> bool:
@@ -84,6 +88,7 @@ class Graphs(Captured):
             known = previous.index_select(0, inputs.previous_rows[:num_tokens])
             torch.clamp(known, min=0, out=inputs.token_ids[:num_tokens])  # codes in place of tokens end their requests
         self._captured[size].replay()
+        self.num_replays += 1
         return self._hidden[:num_tokens], self._logits[:num_sampled]
 
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:

@@ -11,12 +11,14 @@ from torch import Tensor
 from pelton import ops
 from pelton.config import EngineConfig
 from pelton.engine.step import Chunk, Started, StepPlan, StepResult, TokenLogprobs
+from pelton.errors import DeviceError
 from pelton.models import Model
 from pelton.ops import gpu
 from pelton.ops.native import native
 from pelton.ops.parallel import ALONE, Ranks
 from pelton.ops.recording import NotRecordable
 from pelton.runner.batch import BatchBuffers
+from pelton.runner.device import first_line, guard, is_out_of_memory
 from pelton.runner.grammar import Grammars
 from pelton.runner.graph import Captured, Graphs, Programs
 from pelton.runner.kv_cache import KVCache
@@ -25,6 +27,7 @@ from pelton.runner.parallel import Follower, Leader
 from pelton.runner.requests import RequestState, RequestTable
 from pelton.runner.sampler import Sample, Sampler
 
+IN_A_STEP = "in a step", "lower --gpu-memory-utilization, which leaves more to steps, or --max-num-batched-tokens"
 LONG_PROMPT = 1024  # tokens on average, from which whole prompts are worth a call for each
 LOGITS_ROWS = 256  # rows of prompt logits made at once: 256 x 262,144 float32 are 268 MB
 
@@ -39,6 +42,7 @@ class ModelRunner:
         self.model = model
         self.kv = kv
         self.device = kv.device
+        self.ranks = ranks
         self.requests = RequestTable(len(kv.groups))
         self.sampler: Sampler | Leader | Follower = Sampler(config.device.seed, grammars)
         if ranks.size > 1:
@@ -58,20 +62,50 @@ class ModelRunner:
         if self.device.type == "cuda":
             if not gpu.why_not():
                 most, max_blocks = self.buffers.max_requests, self.buffers.max_blocks
-                self.graph = Graphs(self.model, self.kv, most, max_blocks)
+                try:
+                    self.graph = Graphs(self.model, self.kv, most, max_blocks)
+                except RuntimeError as error:
+                    if is_out_of_memory(error):
+                        raise
+                    why = f"steps could not be captured as CUDA graphs ({first_line(error)}); use --enforce-eager"
+                    raise DeviceError(why) from error
         elif native is not None:
             try:
                 self.graph = Programs(self.model, self.buffers)
             except NotRecordable as error:
                 self.why_eager = f"steps run eagerly: {error}"
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        """Compute the plan's chunks. Safe to repeat: it writes the same slots and the same tokens again."""
+        """Compute the plan's chunks. Safe to repeat: it writes the same slots and the same tokens again.
+
+        OutOfMemoryError if fewer chunks may fit, DeviceLostError if nothing will run again.
+        """
+        return guard(lambda: self._run(plan), *IN_A_STEP)
+
+    def start(self, plan: StepPlan) -> Started | None:
+        """Begin a plan on a GPU, perhaps while the one before still runs. None where its result is needed at once.
+        Raises what `run` does."""
+        return guard(lambda: self._start(plan), *IN_A_STEP)
+
+    def can_start(self, plan: StepPlan) -> bool:
+        """Whether `start` is of use: what other ranks are told before it is called."""
+        if not isinstance(self.graph, Graphs) or not all(chunk.sample for chunk in plan.chunks):
+            return False
+        needing = {request.request_id for request in plan.new if request.needs_results}
+        states = self.requests.states
+        return not any(
+            chunk.request_id in needing or (chunk.request_id in states and states[chunk.request_id].needs_results)
+            for chunk in plan.chunks
+        )
+
+    @property
+    def place(self) -> int:
+        """How often ranks have met in what they computed so far: those that have met as often are in step."""
+        return self.ranks.num_collectives + (self.graph.num_replays if isinstance(self.graph, Graphs) else 0)
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan) -> StepResult:
         states = self.requests.update(plan)
-        for chunk, state in zip(plan.chunks, states, strict=True):
-            if chunk.sample:  # a step that was begun ahead may have noted what stands for a token
-                del state.token_ids[chunk.start + chunk.num_tokens :]
         result = StepResult(plan.step_id)
         if not plan.chunks:
             return result
@@ -92,30 +126,19 @@ class ModelRunner:
             _note(samples, [plan.chunks[i] for i in sampled], sampled_states, result)
         return result
 
-    def can_start(self, plan: StepPlan) -> bool:
-        """Whether there may be other work before its result is known."""
-        if not isinstance(self.graph, Graphs) or not all(chunk.sample for chunk in plan.chunks):
-            return False
-        needing = {request.request_id for request in plan.new if request.needs_results}
-        states = self.requests.states
-        return not any(
-            chunk.request_id in needing or (chunk.request_id in states and states[chunk.request_id].needs_results)
-            for chunk in plan.chunks
-        )
-
     @torch.inference_mode()
-    def start(self, plan: StepPlan) -> Started | None:
-        """Begin a plan on a GPU, perhaps while the one before still runs. None where its result is needed at once."""
-        graph = self.graph
-        if not isinstance(graph, Graphs) or not self.can_start(plan):
+    def _start(self, plan: StepPlan) -> Started | None:
+        if not isinstance(self.graph, Graphs) or not all(chunk.sample for chunk in plan.chunks):
             return None
         states = self.requests.update(plan)
+        if any(state.needs_results for state in states):
+            return None
         previous = self._claim_tokens(plan.chunks, states)
-        if graph.takes(plan.chunks):
-            num_tokens, _ = graph.buffers.fill(plan.chunks, states)
+        if self.graph.takes(plan.chunks):
+            num_tokens, _ = self.graph.buffers.fill(plan.chunks, states)
             if previous is not None:
-                graph.buffers.host.previous_rows.numpy()[:num_tokens] = previous[1]
-            _, logits = graph.run(num_tokens, num_tokens, None if previous is None else previous[0])
+                self.graph.buffers.host.previous_rows.numpy()[:num_tokens] = previous[1]
+            _, logits = self.graph.run(num_tokens, num_tokens, None if previous is None else previous[0])
         elif previous is None:
             _, starts = self.buffers.fill(plan.chunks, states)
             _, logits = self._forward(plan.chunks, starts, len(states))
@@ -178,9 +201,9 @@ class _Started:
         self._wait = wait
 
     def finish(self) -> StepResult:
-        """Wait for its result."""
+        """Wait for its result. Raises what `ModelRunner.run` does."""
         result = StepResult(self._plan.step_id)
-        _note(self._wait(), self._plan.chunks, self._states, result)
+        _note(guard(self._wait, *IN_A_STEP), self._plan.chunks, self._states, result)
         return result
 
 

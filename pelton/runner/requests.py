@@ -25,9 +25,11 @@ class RequestState:
         return self.token_ids[self.num_prompt :]
 
     def apply(self, chunk: Chunk) -> None:
-        """Take over the chunk's block ids; doing so twice changes nothing."""
+        """Take over the chunk's block ids, and forget what was sampled after it; doing so twice changes nothing."""
         for table, blocks in zip(self.tables, chunk.blocks, strict=True):
             table[chunk.table_start :] = blocks
+        if chunk.sample:  # a step that was begun and then failed may have noted a token, or what stands for one
+            del self.token_ids[chunk.start + chunk.num_tokens :]
 
     def append(self, chunk: Chunk, token_id: int) -> None:
         """Note the token sampled after the chunk."""

@@ -116,7 +116,7 @@ class Checkpoint:
             return weight if gpu.why_not() else _pack_on_gpu(weight, self.dtype)
         if self.device.type == "meta":
             return weight
-        packed = pack(weight, self.activations)
+        packed = pack(weight, self.activations, self.dtype)
         if packed is not weight:
             for stored in self._kept:
                 release(stored)

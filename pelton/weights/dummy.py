@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from pelton.ops.parallel import ALONE, Ranks
-from pelton.quant.layout import Blocks, Codebook4, Dense, Int, LinearWeight
+from pelton.quant.layout import W8A8, Blocks, Codebook4, Dense, Float8, Int, LinearWeight
 from pelton.weights.checkpoint import Checkpoint
 from pelton.weights.stored import BlockType
 
-GROUP, NF4_GROUP = 128, 64
+GROUP, NF4_GROUP = 128, 64  # float8's blocks have 128 rows and columns
 Shape = tuple[int, int]
 
 
@@ -87,6 +87,17 @@ def _int8(shape: Shape, scale: float, generator: torch.Generator) -> LinearWeigh
     return Int(8, _codes(shape, 256, generator), _scales(shape, shape[1], scale / 74, generator), 128)
 
 
+def _w8a8(shape: Shape, scale: float, generator: torch.Generator) -> LinearWeight:
+    return W8A8(_codes(shape, 256, generator), _scales(shape, shape[1], scale / 74, generator))
+
+
+def _float8(shape: Shape, scale: float, generator: torch.Generator) -> LinearWeight:
+    numbers = torch.randn(shape, device=generator.device, generator=generator) * 64
+    blocks = -(-shape[0] // GROUP), -(-shape[1] // GROUP)
+    scales = (torch.rand(blocks, device=generator.device, generator=generator) + 0.5) * scale / 64
+    return Float8(numbers.to(torch.float8_e4m3fn).view(torch.uint8), scales, (GROUP, GROUP))
+
+
 def _nf4(shape: Shape, scale: float, generator: torch.Generator) -> LinearWeight:
     values = torch.linspace(-1, 1, 16, device=generator.device)
     return Codebook4(_codes(shape, 16, generator), _scales(shape, NF4_GROUP, scale / 0.61, generator), values)
@@ -106,6 +117,8 @@ LAYOUTS: Mapping[str, Callable[[Shape, float, torch.Generator], LinearWeight]] =
     "gptq": _int4,
     "awq": _int4_with_zeros,
     "compressed-tensors": _int8,
+    "w8a8": _w8a8,
+    "fp8": _float8,
     "bitsandbytes": _nf4,
     "gguf": _q4_k,
 }

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
 from pelton.config import CacheConfig, KVGroup, SchedulerConfig
-from pelton.engine.core import run_isolated
+from pelton.engine.core import EngineCore
 from pelton.engine.fake import FakeRunner
 from pelton.engine.scheduler import Scheduler
-from pelton.engine.step import EngineRequest, StepPlan, TokenLogprobs, Update
+from pelton.engine.step import EngineRequest, StepPlan, StepResult, TokenLogprobs, Update
+from pelton.errors import OutOfMemoryError
 from pelton.types import SamplingParams
 
 
@@ -43,7 +45,7 @@ class Story:
 
 
 class Engine:
-    """A scheduler and a fake runner. `stories` holds what was reported, by request id."""
+    """An engine with a fake runner. `stories` holds what was reported, by request id."""
 
     def __init__(
         self,
@@ -59,15 +61,20 @@ class Engine:
         plans_ahead: bool = False,
     ) -> None:
         """plans_ahead: a step is planned while the one before runs, where that can be."""
-        self.plans_ahead = plans_ahead
-        self.next_plan: StepPlan | None = None
-        self.num_ahead = 0  # steps planned so
         groups = tuple(KVGroup(window, (layer,)) for layer, window in enumerate(windows))
         self.cache = CacheConfig(block_size, num_blocks, groups, caching)
         self.config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_waiting, max_model_len, chunked)
         self.now = 0.0
         self.scheduler = Scheduler(self.config, self.cache, lambda: self.now)
         self.runner = FakeRunner(self.cache)
+        watched = SimpleNamespace(run=self._run)
+        if plans_ahead:
+            watched.start = self._start
+        self.core = EngineCore(self.scheduler, watched)
+        self.num_ahead = 0  # steps planned while another ran
+        self.plan: StepPlan | None = None  # of the step that runs
+        self.planned: set[int] = set()  # steps that have been checked
+        self.num_unfit: int | None = None  # tokens of the step before, if memory ran out in it; 0: for one request
         self.stories: dict[int, Story] = {}
         self.seen: set[int] = set()  # requests that were new in a plan
 
@@ -82,29 +89,42 @@ class Engine:
         return request_id
 
     def step(self, while_running: Callable[[], None] = lambda: None) -> StepPlan:
-        """One step, with everything checked; `while_running` is called between schedule() and commit()."""
-        stats = self.scheduler.stats()
-        plan = self.next_plan or self.scheduler.schedule()
-        self.next_plan = None
-        assert plan.chunks or not stats.num_running + stats.num_waiting, "a step without progress"
-        self._check_plan(plan)
-        self.scheduler.check()
-        if self.plans_ahead:
-            self.next_plan = self.scheduler.schedule_ahead(plan)
-            self.num_ahead += self.next_plan is not None
-            self.scheduler.check()
-        while_running()
-        result = run_isolated(self.runner, plan)
-        assert not self.runner.faults, self.runner.faults
-        for update in self.scheduler.commit(plan, result):
+        """One step, with everything checked; `while_running` is called while it runs. Returns its plan."""
+        self.plan, self.while_running = None, while_running
+        num_unfit, self.num_unfit = self.num_unfit, None
+        updates = self.core.step()
+        assert self.plan is not None
+        if num_unfit:
+            assert self.plan.num_tokens <= max(1, num_unfit // 2), "no smaller step where memory ran out"
+        self.num_ahead += self.core._ahead is not None
+        for update in updates:
             self.stories[update.request_id].tell(update)
         self.scheduler.check()
         self.now += 1.0
-        return plan
+        return self.plan
+
+    def _start(self, plan: StepPlan) -> SimpleNamespace:
+        self._check_plan(plan)
+        return SimpleNamespace(finish=lambda: self._run(plan))
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        self._check_plan(plan)
+        if self.plan is None:
+            self.plan = plan
+            self.while_running()
+        try:
+            return self.runner.run(plan)
+        except OutOfMemoryError:
+            failing = {*self.runner.raises, *self.runner.errors}
+            is_one = plan.num_tokens == 1 or any(chunk.request_id in failing for chunk in self.plan.chunks)
+            self.num_unfit = 0 if is_one or self.num_unfit == 0 else self.plan.num_tokens
+            raise
+        finally:
+            assert not self.runner.faults, self.runner.faults
 
     def finish(self) -> dict[int, Story]:
         """Step until nothing is left to do; everything must be given back."""
-        while self.scheduler.has_work() or self.next_plan is not None:
+        while self.scheduler.has_work() or self.core._ahead is not None:
             self.step()
         self.step()  # tells the runner who is gone
         assert not self.runner.request_ids, "the runner keeps state of requests that ended"
@@ -114,6 +134,13 @@ class Engine:
         return self.stories
 
     def _check_plan(self, plan: StepPlan) -> None:
+        """Check a plan that is seen first."""
+        if plan.step_id in self.planned:
+            return
+        self.planned.add(plan.step_id)
+        self.scheduler.check()
+        stats = self.scheduler.stats()
+        assert plan.chunks or not stats.num_running + stats.num_waiting, "a step without progress"
         ids = [chunk.request_id for chunk in plan.chunks]
         new = {spec.request_id for spec in plan.new}
         assert len(ids) == len(set(ids)) <= self.config.max_num_seqs

@@ -23,11 +23,12 @@ from pelton.engine.host import Engine
 from pelton.engine.messages import EngineInfo
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import StepPlan, StepResult
-from pelton.errors import ModelFormatError
+from pelton.errors import DeviceLostError, ModelFormatError, OutOfMemoryError
 from pelton.types import OnProgress
 
 CACHE = CacheConfig(block_size=16, num_blocks=1025, groups=(KVGroup(None, (0,)),), enable_prefix_caching=True)
-HANG, CRASH, FAIL = 101, 102, 103  # a step that lasts; an engine that fails; a request that fails
+HANG, CRASH, FAIL, LOST = 101, 102, 103, 104  # a step that lasts; an engine, a request, a device that fails
+FULL = 105  # memory that runs out on all ranks but the first
 
 
 class Runner(FakeRunner):
@@ -40,6 +41,8 @@ class Runner(FakeRunner):
                 time.sleep(60)
             if request.prompt_token_ids[0] == CRASH:
                 return None  # type: ignore[return-value]
+            if request.prompt_token_ids[0] == LOST:
+                raise DeviceLostError("the GPU failed and does not answer")
             if request.prompt_token_ids[0] == FAIL:
                 self.raises.add(request.request_id)
         return super().run(plan)
@@ -48,9 +51,14 @@ class Runner(FakeRunner):
 class WorkerRunner(Runner):
     """A prompt that begins with CRASH ends its process."""
 
+    place = 0
+
     def run(self, plan: StepPlan) -> StepResult:
-        if any(request.prompt_token_ids[0] == CRASH for request in plan.new):
-            os._exit(7)
+        for request in plan.new:
+            if request.prompt_token_ids[0] == CRASH:
+                os._exit(7)
+            if request.prompt_token_ids[0] == FULL:
+                raise OutOfMemoryError("no room; lower something")
         return super().run(plan)
 
 

@@ -24,7 +24,7 @@ from pelton.errors import EngineDeadError, ModelFormatError, OverloadedError, Pe
 from pelton.types import SamplingParams
 
 BUILDER = "fake_engine:build"
-HANG, CRASH, FAIL = 101, 102, 103
+HANG, CRASH, FAIL, LOST = 101, 102, 103, 104
 LIMITS = Limits(stall_s=1.0, max_failed_starts=2, retry_s=0.05)
 
 
@@ -226,6 +226,23 @@ def test_a_child_that_is_lost_is_replaced(death: str) -> None:
             assert client.pid != pid and not Path(f"/proc/{pid}").exists()
             assert await Stream(client, 51).wait() == "length"
             assert all(len(stream.ends) == 1 for stream in streams)
+
+    run(test())
+
+
+@both
+def test_a_lost_device_ends_all_requests_with_one_error(kind: str) -> None:
+    async def test() -> None:
+        async with started(kind, "slow") as client:
+            streams = [Stream(client, i, max_tokens=400) for i in range(4)]
+            await until(lambda: all(stream.num_tokens for stream in streams))
+            streams.append(Stream(client, 4, [LOST]))
+            ends = [await stream.wait() for stream in streams]
+            assert all(isinstance(end, EngineDeadError) for end in ends)
+            assert len({str(end) for end in ends}) == 1 and "the GPU failed and does not answer" in str(ends[0])
+            if kind == "child":
+                await until(lambda: client.is_ready)
+                assert await Stream(client, 5).wait() == "length"
 
     run(test())
 

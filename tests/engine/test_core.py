@@ -1,17 +1,19 @@
-"""EngineCore and run_isolated: one request's failure is its own."""
+"""EngineCore: one request's failure is its own."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pelton.config import CacheConfig, KVGroup, SchedulerConfig
-from pelton.engine.core import EngineCore, run_isolated
+from pelton.engine.core import EngineCore
 from pelton.engine.fake import FakeRunner
-from pelton.engine.scheduler import Scheduler
-from pelton.engine.step import EngineRequest, StepPlan
+from pelton.engine.scheduler import CALM_STEPS, Scheduler
+from pelton.engine.step import EngineRequest, StepPlan, StepResult
+from pelton.errors import DeviceLostError, OutOfMemoryError
 from pelton.types import SamplingParams
 
 
@@ -65,13 +67,13 @@ def test_running_a_plan_twice_gives_the_same_result(core: EngineCore) -> None:
     assert not core.runner.faults
 
 
-def test_a_runner_that_fails_without_work_is_broken(core: EngineCore) -> None:
-    class Broken:
-        def run(self, plan: StepPlan) -> None:
-            raise RuntimeError("no device")
+def test_a_runner_that_fails_without_work_is_broken(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(plan: StepPlan) -> StepResult:
+        raise RuntimeError("no device")
 
+    monkeypatch.setattr(core.runner, "run", run)
     with pytest.raises(RuntimeError, match="no device"):
-        run_isolated(Broken(), StepPlan(1, (), (), ()))
+        core.step()
 
 
 class Ahead(FakeRunner):
@@ -146,3 +148,110 @@ def test_a_request_that_ended_is_gone_only_when_no_step_needs_it(ahead: EngineCo
     ahead.step()
     ahead.step()
     assert ahead.runner.request_ids == {1}
+
+
+# --- memory that runs out, a device that is lost --------------------------------------------------------------------
+
+
+def limit(core: EngineCore, room: dict[str, int]) -> list[int]:
+    """Let the runner hold only `room["tokens"]` tokens; returns the sizes it is asked for."""
+    run, sizes = core.runner.run, []
+
+    def limited(plan: StepPlan) -> StepResult:
+        sizes.append(plan.num_tokens)
+        if plan.num_tokens > room["tokens"]:
+            core.runner.run_plan(replace(plan, chunks=()))
+            raise OutOfMemoryError("no room; lower --max-num-seqs")
+        return run(plan)
+
+    core.runner.run, core.runner.run_plan = limited, run
+    return sizes
+
+
+def test_where_memory_runs_out_nothing_fails_and_steps_are_smaller_for_a_while() -> None:
+    cache = CacheConfig(4, 400, (KVGroup(None, (0,)),), True)
+    core = EngineCore(Scheduler(SchedulerConfig(8, 64, 10, 300, True), cache), FakeRunner(cache))
+    for request_id in range(8):
+        core.submit(EngineRequest(request_id, [request_id] * 3, SamplingParams(max_tokens=200)))
+    core.step()
+    room = {"tokens": 5}
+    sizes = limit(core, room)
+    assert [u.request_id for u in core.step()] == list(range(8))  # in two parts
+    assert sizes == [8, 4, 4]
+    stats = core.scheduler.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_preemptions) == (4, 4, 4)
+    core.scheduler.check()
+    assert [u.request_id for u in core.step()] == [0, 1, 2, 3]
+    room["tokens"] = 64
+    for _ in range(CALM_STEPS):
+        core.step()
+    assert core.scheduler.stats().num_running == 8
+    assert not core.runner.faults
+
+
+def test_a_prompt_that_does_not_fit_at_once_is_computed_in_parts(core: EngineCore) -> None:
+    core.submit(EngineRequest(0, list(range(40)), SamplingParams(max_tokens=1)))
+    sizes = limit(core, {"tokens": 12})
+    assert core.step() == []
+    assert sizes == [40, 20, 10]
+    assert [u.finish_reason for _ in range(3) for u in core.step()] == ["length"]
+    assert sizes[3:] == [20, 10, 10, 10] and not core.runner.faults
+
+
+def test_a_request_that_does_not_fit_alone_fails_alone(core: EngineCore) -> None:
+    for request_id in range(3):
+        core.submit(EngineRequest(request_id, [request_id] * 5, SamplingParams(max_tokens=3)))
+    run = core.runner.run
+
+    def heavy(plan: StepPlan) -> StepResult:
+        if any(chunk.request_id == 1 for chunk in plan.chunks):
+            raise OutOfMemoryError("no room; lower --max-num-seqs")
+        return run(plan)
+
+    core.step()
+    core.runner.run = heavy
+    errors = {u.request_id: u.error for u in core.step()}
+    assert errors == {0: None, 1: "even alone this request does not fit: no room; lower --max-num-seqs", 2: None}
+    assert core.scheduler.stats().num_running == 2  # the others are not made to wait
+
+
+def test_what_was_planned_ahead_is_taken_back_where_memory_runs_out(ahead: EngineCore) -> None:
+    ahead.runner.scripts = {0: [7], 1: [5] * 9}
+    for request_id in range(2):
+        params = SamplingParams(max_tokens=9)
+        ahead.submit(EngineRequest(request_id, [request_id] * 5, params, eos_token_ids=(7,)))
+    ahead.step()
+    ahead.step()
+    ahead.runner.started.clear()
+    run = ahead.runner.run
+
+    def once(plan: StepPlan) -> StepResult:
+        ahead.runner.run = run
+        raise OutOfMemoryError("no room")
+
+    ahead.runner.run = once
+    assert [u.token_ids for u in ahead.step()] == [[5]]
+    assert len(ahead.runner.started) == 1 and ahead._ahead is None  # and in that plan request 0 was gone
+    ahead.step()
+    assert ahead.runner.request_ids == {1} and not ahead.runner.faults
+
+
+@pytest.mark.parametrize("where", ["run", "start", "finish"])
+def test_a_lost_device_ends_the_engine(ahead: EngineCore, where: str) -> None:
+    for request_id in range(3):
+        ahead.submit(EngineRequest(request_id, [request_id] * 5, SamplingParams(max_tokens=6)))
+    calls: list[StepPlan] = []
+
+    def lost(plan: StepPlan) -> StepResult:
+        calls.append(plan)
+        raise DeviceLostError("the GPU is lost")
+
+    if where == "start":
+        ahead.runner.start = lost
+    else:
+        ahead.runner.run = lost
+    if where == "run":
+        ahead.runner.start = lambda plan: None
+    with pytest.raises(DeviceLostError, match="the GPU is lost"):
+        ahead.step()
+    assert len(calls) == 1

@@ -11,8 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,11 +28,11 @@ from pelton.engine.messages import Begin, Finish, Meet, Met, Run
 from pelton.engine.ranks import TeamRunner, Workers
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import EngineRequest, StepPlan, StepResult
-from pelton.errors import EngineDeadError, ModelFormatError
+from pelton.errors import DeviceError, DeviceLostError, EngineDeadError, ModelFormatError, OutOfMemoryError
 from pelton.types import SamplingParams
 
 BUILDER = "fake_engine:build_worker"
-HANG, CRASH, FAIL = 101, 102, 103
+HANG, CRASH, FAIL, FULL = 101, 102, 103, 105
 CACHE = CacheConfig(block_size=16, num_blocks=1025, groups=(KVGroup(None, (0,)),), enable_prefix_caching=True)
 LIMITS = SchedulerConfig(16, 256, 20, 512, True)
 
@@ -42,6 +44,8 @@ def _find_fake_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class First(FakeRunner):
     """Rank 0's runner."""
+
+    place = 0
 
     def can_start(self, plan: StepPlan) -> bool:
         return False
@@ -95,7 +99,7 @@ def test_ranks_meet_follow_and_end(start: Callable[..., Workers]) -> None:
     for i in range(8):
         submit(core, i, [1, 2, i])
     assert run(core) == dict.fromkeys(range(8), "length")
-    workers.meet()
+    workers.meet(0, RuntimeError())
     workers.check()
     workers.close()
     workers.close()
@@ -160,10 +164,13 @@ def test_what_keeps_a_rank_from_starting_reaches_rank_0(
         workers.wait()
 
 
-def test_what_only_follows_from_a_lost_rank_is_not_what_is_told(start: Callable[..., Workers]) -> None:
+@pytest.mark.parametrize("follows", [RuntimeError("closed by peer"), DeviceError("steps could not be captured")])
+def test_what_only_follows_from_a_lost_rank_is_not_what_is_told(
+    start: Callable[..., Workers], follows: Exception
+) -> None:
     workers = start(model="broken")
     with pytest.raises(ModelFormatError, match="rank [12]"), workers.building():
-        raise RuntimeError("connection closed by peer")
+        raise follows
     workers = start()
     with pytest.raises(ZeroDivisionError), workers.building():
         raise ZeroDivisionError
@@ -178,7 +185,59 @@ def test_a_rank_that_does_not_answer_ends_the_engine(
     core = core_of(workers)
     core.runner.runner.raises.add(0)  # type: ignore[attr-defined]
     submit(core, 0, [HANG])
-    with pytest.raises(EngineDeadError, match="rank 1 does not answer after a step that failed"):
+    with pytest.raises(EngineDeadError, match="rank 0 failed where rank 1 did not: RuntimeError: injected failure"):
+        core.step()
+    assert not any(map(is_running, workers.pids))
+
+
+def test_a_rank_that_runs_out_of_memory_alone_ends_the_engine(start: Callable[..., Workers]) -> None:
+    workers = start()
+    workers.wait()
+    core = core_of(workers)
+    submit(core, 0, [FULL, 2], max_tokens=400)
+    submit(core, 1, [3, 4], max_tokens=400)
+    with pytest.raises(EngineDeadError, match=r"^rank [12] failed: OutOfMemoryError: no room; lower something$"):
+        for _ in range(200):
+            core.step()
+            time.sleep(0.01)
+    assert not any(map(is_running, workers.pids))
+
+
+def test_rank_0_that_runs_out_of_memory_alone_ends_the_engine(
+    start: Callable[..., Workers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others answer, but have met where it has not."""
+    workers = start()
+    workers.wait()
+    core = core_of(workers)
+
+    def run(plan: StepPlan) -> StepResult:
+        core.runner.runner.place = -1  # type: ignore[attr-defined]
+        raise OutOfMemoryError("no room; lower something")
+
+    monkeypatch.setattr(core.runner.runner, "run", run)  # type: ignore[attr-defined]
+    submit(core, 0, [1, 2])
+    submit(core, 1, [3, 4])
+    message = r"^rank 0 failed where rank 1 did not: OutOfMemoryError: no room; lower something$"
+    for _ in range(2):
+        with pytest.raises(EngineDeadError, match=message):
+            core.step()
+    assert not any(map(is_running, workers.pids))
+
+
+def test_a_gpu_that_rank_0_loses_is_told_as_such(
+    start: Callable[..., Workers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = start()
+    workers.wait()
+    core = core_of(workers)
+
+    def run(plan: StepPlan) -> StepResult:
+        raise DeviceLostError("the GPU is lost")
+
+    monkeypatch.setattr(core.runner.runner, "run", run)  # type: ignore[attr-defined]
+    submit(core, 0, [1, 2])
+    with pytest.raises(DeviceLostError, match="the GPU is lost"):
         core.step()
     assert not any(map(is_running, workers.pids))
 
@@ -227,16 +286,21 @@ def test_a_rank_sees_one_gpu(monkeypatch: pytest.MonkeyPatch, visible: str | Non
 
 
 class Noting:
-    """A runner that notes what it is told, and fails at some step."""
+    """A runner that notes what it is told, and fails at some step. Its place is how much that was."""
 
-    def __init__(self, fails_at: int = -1) -> None:
+    def __init__(self, fails_at: int = -1, error: type[Exception] = RuntimeError) -> None:
         self.notes: list[str] = []
         self.fails_at = fails_at
+        self.error = error
+
+    @property
+    def place(self) -> int:
+        return len(self.notes)
 
     def _note(self, what: str, plan: StepPlan) -> None:
         self.notes.append(f"{what} {plan.step_id}")
         if plan.step_id == self.fails_at:
-            raise RuntimeError(f"step {plan.step_id}")
+            raise self.error(f"step {plan.step_id}")
 
     def run(self, plan: StepPlan) -> StepResult:
         self._note("run", plan)
@@ -276,21 +340,28 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_steps_are_begun_and_finished_in_order() -> None:
     runner = Noting()
-    orders = [Begin(plan(1)), Begin(plan(2)), Finish(), Begin(plan(3)), Finish(), Finish(), Run(plan(4)), Meet()]
-    assert follow(runner, *orders, Finish()) == [Met()]
+    orders = [Begin(plan(1)), Begin(plan(2)), Finish(1), Begin(plan(3)), Finish(2), Finish(3), Run(plan(4)), Meet()]
+    assert follow(runner, *orders, Finish(0)) == [Met(7)]
     assert runner.notes == ["start 1", "start 2", "finish 1", "start 3", "finish 2", "finish 3", "run 4"]
 
 
 def test_what_was_begun_is_void_when_a_step_is_run() -> None:
     runner = Noting()
-    assert follow(runner, Begin(plan(1)), Begin(plan(2)), Run(plan(1)), Finish()) == []
+    assert follow(runner, Begin(plan(1)), Begin(plan(2)), Run(plan(1)), Finish(2)) == []
     assert runner.notes == ["start 1", "start 2", "run 1"]
+
+
+def test_a_step_that_could_not_be_begun_on_rank_0_is_not_finished() -> None:
+    runner = Noting()
+    orders = [Begin(plan(1)), Begin(plan(2)), Meet(), Finish(1), Begin(plan(3)), Finish(3)]
+    assert follow(runner, *orders, Finish(0), Finish(0)) == [Met(2)]
+    assert runner.notes == ["start 1", "start 2", "finish 1", "start 3", "finish 3"]
 
 
 @pytest.mark.parametrize("order", [Run, Begin])
 def test_what_fails_here_and_on_rank_0_is_followed_by_a_meeting(order: Any) -> None:
     runner = Noting(fails_at=1)
-    assert follow(runner, order(plan(1)), Meet(), Run(plan(2)), Meet(), Finish()) == [Met(), Met()]
+    assert follow(runner, order(plan(1)), Meet(), Run(plan(2)), Meet(), Finish(0)) == [Met(1), Met(2)]
     assert runner.notes[1:] == ["run 2"]
 
 
@@ -300,16 +371,23 @@ def test_a_rank_that_fails_alone_gives_up(others: list[Any]) -> None:
         follow(Noting(fails_at=1), Run(plan(1)), *others)
 
 
+def test_a_rank_that_loses_its_gpu_gives_up() -> None:
+    with pytest.raises(DeviceLostError, match="step 1"):
+        follow(Noting(fails_at=1, error=DeviceLostError), Run(plan(1)), Meet())
+
+
 # --- both ends --------------------------------------------------------------------------------------------------------
 
 
 class Ahead(FakeRunner):
-    """Begins steps; computes one when its result is asked for. Request 3 fails with its fifth token."""
+    """Begins steps; computes one when its result is asked for. Its place is the number of steps computed."""
+
+    place = 0
 
     def run(self, plan: StepPlan) -> StepResult:
-        if any(chunk.request_id == 3 and chunk.start == 8 for chunk in plan.chunks):
-            self.raises.add(3)
-        return super().run(plan)
+        result = super().run(plan)
+        self.place += 1
+        return result
 
     def can_start(self, plan: StepPlan) -> bool:
         return True
@@ -318,11 +396,44 @@ class Ahead(FakeRunner):
         return SimpleNamespace(finish=lambda: self.run(plan))
 
 
+class Failing(Ahead):
+    """Request 3 fails with its fifth token."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        if any(chunk.request_id == 3 and chunk.start == 8 for chunk in plan.chunks):
+            self.raises.add(3)
+        return super().run(plan)
+
+
+class Short(Ahead):
+    """Memory runs out in some calls, of all ranks alike; and in some that rank 0 begins, when it samples."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(CACHE)
+        self.random = Random(7)
+        self.sampling = Random(8) if rank == 0 else None
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self._ask_for_memory(plan, self.random)
+        return super().run(plan)
+
+    def start(self, plan: StepPlan) -> Any:
+        self._ask_for_memory(plan, self.random)
+        if self.sampling is not None:
+            self._ask_for_memory(plan, self.sampling)
+        return super().start(plan)
+
+    def _ask_for_memory(self, plan: StepPlan, random: Random) -> None:
+        if plan.num_tokens > 1 and random.random() < 0.2:
+            FakeRunner.run(self, replace(plan, chunks=()))  # takes over which requests are new and gone
+            raise OutOfMemoryError("no room")
+
+
 class Thread:
     """Stands for Workers: one other rank, a thread with a runner of its own."""
 
-    def __init__(self) -> None:
-        self.runner, self.orders, self.answers = Ahead(CACHE), SimpleQueue[Any](), SimpleQueue[Any]()
+    def __init__(self, runner: Ahead) -> None:
+        self.runner, self.orders, self.answers = runner, SimpleQueue[Any](), SimpleQueue[Any]()
         self.seen: list[str] = []
         self.thread = threading.Thread(target=self._work)
         self.thread.start()
@@ -335,40 +446,70 @@ class Thread:
         self.seen.append(type(order).__name__)
         self.orders.put(order)
 
-    def meet(self) -> None:
+    def meet(self, place: int, failure: Exception) -> None:
         self.send(Meet())
-        self.answers.get(timeout=5)
+        with suppress(Empty):
+            if self.answers.get(timeout=5) == Met(place):
+                return
+        raise EngineDeadError("the ranks are not in step") from failure
 
     def check(self) -> None:
         """It lives."""
 
     def close(self) -> None:
         for _ in range(2):
-            self.send(Finish())
+            self.send(Finish(-1))
         self.thread.join(5)
         assert not self.thread.is_alive()
+
+
+def play(core: EngineCore) -> tuple[dict[int, list[int]], dict[int, str | None]]:
+    """Each request's tokens, and how it ended."""
+    tokens: dict[int, list[int]] = {}
+    ends = {}
+    while core.has_work():
+        for update in core.step():
+            tokens[update.request_id] = tokens.get(update.request_id, []) + update.token_ids
+            ends[update.request_id] = update.finish_reason
+        core.scheduler.check()
+    return tokens, ends
 
 
 def test_steps_are_begun_ahead_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five requests, of which one ends unexpectedly and one fails on all ranks; both ranks see all tokens."""
     monkeypatch.setattr(worker, "ALONE_S", 5.0)
-    other = Thread()
-    core = EngineCore(Scheduler(LIMITS, CACHE), TeamRunner(Ahead(CACHE), other))  # type: ignore[arg-type]
+    other = Thread(Failing(CACHE))
+    core = EngineCore(Scheduler(LIMITS, CACHE), TeamRunner(Failing(CACHE), other))  # type: ignore[arg-type]
     for runner in (core.runner.runner, other.runner):  # type: ignore[attr-defined]
         runner.scripts = {1: [5, 6, 7, 8]}
     for request_id in range(5):
         params = SamplingParams(max_tokens=9 + request_id)
         core.submit(EngineRequest(request_id, [request_id] * 5, params, eos_token_ids=(7,)))
-    tokens: dict[int, list[int]] = {request_id: [] for request_id in range(5)}
-    ends = {}
-    while core.has_work():
-        for update in core.step():
-            tokens[update.request_id] += update.token_ids
-            ends[update.request_id] = update.finish_reason
-    assert core.runner.runner.run(plan(99)) and not core.runner.runner.faults  # type: ignore[attr-defined]
-    other.meet()
+    tokens, ends = play(core)
+    assert not core.runner.runner.faults  # type: ignore[attr-defined]
+    core.runner.run(plan(99))
     other.close()
     assert not other.runner.faults
     assert {"Begin", "Finish", "Run", "Meet"} <= set(other.seen)
     assert ends == {0: "length", 1: "stop", 2: "length", 3: "error", 4: "length"}
     assert tokens[1] == [5, 6, 7] and [len(tokens[i]) for i in (0, 2, 3, 4)] == [9, 11, 4, 13]
+
+
+def test_memory_that_runs_out_on_all_ranks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "ALONE_S", 5.0)
+    monkeypatch.setattr("pelton.engine.scheduler.CALM_STEPS", 2)  # steps are soon large enough to fail again
+    other = Thread(Short(1))
+    team = EngineCore(Scheduler(LIMITS, CACHE), TeamRunner(Short(0), other))  # type: ignore[arg-type]
+    alone = EngineCore(Scheduler(LIMITS, CACHE), Ahead(CACHE))
+    for core in (team, alone):
+        for request_id in range(8):
+            params = SamplingParams(max_tokens=20 + 3 * request_id, ignore_eos=True)
+            core.submit(EngineRequest(request_id, [request_id] * (1 + 9 * request_id), params))
+    try:
+        assert play(team) == play(alone)
+    finally:
+        other.close()
+    assert team.runner.runner.place == other.runner.place  # type: ignore[attr-defined]
+    assert not team.runner.runner.faults and not other.runner.faults  # type: ignore[attr-defined]
+    assert team.scheduler.stats().num_preemptions > 0
+    assert other.seen.count("Begin") > other.seen.count("Finish") > 20 and other.seen.count("Meet") > 20

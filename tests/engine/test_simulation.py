@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from pelton.config import KVGroup, blocks_for
 from pelton.engine.step import StepPlan, StepResult
-from pelton.errors import OverloadedError, RequestError
+from pelton.errors import OutOfMemoryError, OverloadedError, RequestError
 from pelton.types import RepetitionDetectionParams
 
 NUM_BATCHES, SEEDS_PER_BATCH = 8, 75
@@ -54,6 +55,7 @@ class World:
         self.prefixes = [self._tokens(rng.randint(1, self.max_model_len // 2)) for _ in range(2)]
         self.requests: list[dict[str, Any]] = []  # what was submitted, by id
         self.failing: set[int] = set()
+        self.heavy: set[int] = set()  # those of them that no memory is enough for
         self.aborted: set[int] = set()
         self.counts: Counter[str] = Counter()
         self._make_flaky()
@@ -120,19 +122,33 @@ class World:
         if alive and self.rng.random() < 0.01:
             victim = self.rng.choice(alive)
             self.failing.add(victim)
-            if self.rng.random() < 0.5:
-                self.engine.runner.raises.add(victim)
+            how = self.rng.choice([self.engine.runner.raises, self.engine.runner.errors, self.heavy])
+            if isinstance(how, dict):
+                how[victim] = "not finite"
             else:
-                self.engine.runner.errors[victim] = "not finite"
+                how.add(victim)
 
     def _make_flaky(self) -> None:
-        """The runner sometimes breaks down after a batch, for no request's fault: halves of the batch do run."""
-        run = self.engine.runner.run
+        """The runner sometimes breaks down after a batch, for no request's fault: halves of the batch do run. In some
+        worlds memory runs out at random, before or after a batch was computed, or for a time in all batches of some
+        size; and always for a few requests, whatever the size."""
+        run, rng = self.engine.runner.run, self.rng
+        runs_out = rng.choice([0.0, 0.0, 0.02, 0.3])
+        room, until = 1, 0.0  # tokens that fit for some time
 
         def flaky(plan: StepPlan) -> StepResult:
+            nonlocal room, until
+            if runs_out and plan.chunks and rng.random() < 0.01:
+                room, until = rng.randint(1, 12), self.engine.now + rng.randint(1, 30)
+            run(plan if rng.random() < 0.5 else replace(plan, chunks=()))
+            is_heavy = any(chunk.request_id in self.heavy for chunk in plan.chunks)
+            fails = rng.random() < runs_out or (self.engine.now < until and plan.num_tokens > room)
+            if plan.chunks and (is_heavy or (plan.num_tokens > 1 and fails)):
+                self.counts["out of memory"] += 1
+                raise OutOfMemoryError("no room")
             result: StepResult = run(plan)
-            if len(plan.chunks) > 1 and self.rng.random() < 0.03:
-                raise RuntimeError("out of memory")
+            if len(plan.chunks) > 1 and rng.random() < 0.03:
+                raise RuntimeError("a kernel failed")
             return result
 
         self.engine.runner.run = flaky
@@ -160,7 +176,9 @@ class World:
 def test_every_request_gets_what_it_gets_alone(
     batch: int, make_engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("pelton.engine.core"), "disabled", True)  # it reports each injected failure
+    monkeypatch.setattr("pelton.engine.scheduler.CALM_STEPS", 4)  # steps are soon large enough to fail again
+    for module in ("core", "scheduler"):  # they report each injected failure
+        monkeypatch.setattr(logging.getLogger(f"pelton.engine.{module}"), "disabled", True)
     counts: Counter[str] = Counter()
     for seed in range(batch * SEEDS_PER_BATCH, (batch + 1) * SEEDS_PER_BATCH):
         try:
@@ -168,5 +186,5 @@ def test_every_request_gets_what_it_gets_alone(
         except Exception as error:
             raise AssertionError(f"the failing seed is {seed}: {error}") from error
     for event in ("stop", "length", "repetition", "abort", "error", "preempted", "ahead", "hits", "refused",
-                  "overloaded"):
+                  "overloaded", "out of memory"):
         assert counts[event] > 0, f"the simulation no longer leads to {event}"

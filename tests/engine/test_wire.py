@@ -56,7 +56,7 @@ MESSAGES = [
     Start(EngineArgs(model="m", served_model_name=["a", "b"])), REQUEST, Abort(3), Close(), Progress(1, 2),
     Ready(EngineInfo(512, 100, "k", ("a", "b"), ("c",))), Report(STATS, [UPDATE, Update(8)]),
     Run(StepPlan(3, (EngineRequest(8, [1], SamplingParams()),), CHUNKS, (4, 5))), Begin(StepPlan(4, (), (), ())),
-    Finish(), Meet(), Met(),
+    Finish(3), Meet(), Met(4),
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import pytest
@@ -13,13 +13,13 @@ import torch
 
 from pelton.config import CacheConfig, DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig, make_groups
 from pelton.engine.core import EngineCore
-from pelton.engine.messages import Finish, Meet
+from pelton.engine.messages import Finish, Meet, Met
 from pelton.engine.ranks import TeamRunner
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import EngineRequest
 from pelton.engine.wire import FrameParser, encode
 from pelton.engine.worker import work
-from pelton.errors import ConfigError
+from pelton.errors import ConfigError, EngineDeadError
 from pelton.models import ARCHITECTURES, find_model
 from pelton.ops.parallel import ALONE, Ranks
 from pelton.runner.kv_cache import KVCache
@@ -77,18 +77,20 @@ class Threads:
         for orders in self.orders:
             orders.put(*FrameParser().feed(encode(order)))
 
-    def meet(self) -> None:
+    def meet(self, place: int, failure: Exception) -> None:
         self.num_meetings += 1
         self.send(Meet())
-        for _ in self.orders:
-            self.answers.get(timeout=20)
+        with contextlib.suppress(Empty):
+            if all(self.answers.get(timeout=20) == Met(place) for _ in self.orders):
+                return
+        raise EngineDeadError("the ranks are not in step") from failure
 
     def check(self) -> None:
         """They live."""
 
     def close(self) -> None:
         for _ in range(2):  # a step is finished that was never begun, and nobody asks for a meeting
-            self.send(Finish())
+            self.send(Finish(-1))
         for thread in self.threads:
             thread.join(20)
             assert not thread.is_alive()
@@ -233,11 +235,48 @@ def test_a_step_that_fails_on_all_ranks_is_halved(team: Build, monkeypatch: pyte
 
     def failing(self: Any, batch: Any) -> torch.Tensor:
         if 60 in batch.positions:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("a kernel failed")
         return forward(self, batch)
 
     monkeypatch.setattr(find_model(config), "forward", failing)
     found = run(core)
     assert core.runner.workers.num_meetings > 0  # type: ignore[attr-defined]
-    assert "out of memory" in found[2][2]
+    assert "a kernel failed" in found[2][2]
     assert_same(found[:2], expected[:2])
+
+
+def test_steps_that_do_not_fit_change_no_output(team: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On all ranks, in the middle of what they compute: steps are halved, a prompt's chunk too, and the next are
+    smaller."""
+    config = config_of("LlamaForCausalLM")
+    expected = run(alone(config))
+    core = team(config, 2)
+    logits = find_model(config).logits
+
+    def limited(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if len(hidden) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return logits(self, hidden)
+
+    monkeypatch.setattr(find_model(config), "logits", limited)
+    assert_same(run(core), expected)
+    assert core.runner.workers.num_meetings > 3  # type: ignore[attr-defined]
+    core.scheduler.check()
+
+
+def test_samples_that_do_not_fit_change_no_output(team: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out on rank 0 alone, where it alone works."""
+    config = config_of("LlamaForCausalLM")
+    core = team(config, 2)
+    leader = core.runner.runner.sampler  # type: ignore[attr-defined]
+    sampler = leader._sampler
+
+    def limited(states: Any, logits: torch.Tensor) -> Any:
+        if len(states) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return sampler(states, logits)
+
+    monkeypatch.setattr(leader, "_sampler", limited)
+    assert_same(run(core), run(alone(config)))
+    assert core.runner.workers.num_meetings > 0  # type: ignore[attr-defined]
+    core.scheduler.check()

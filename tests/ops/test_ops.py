@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pelton import ops
 
-TESTED_ELSEWHERE = {"sample", "prompt_attention"}  # in test_sampling.py, and below
+TESTED_ELSEWHERE = {"sample", "prompt_attention", "quantize_rows"}  # in test_sampling.py, below and in cuda/
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -109,6 +109,14 @@ def test_first_accepting_kernel_is_called() -> None:
 def test_rms_norm_against_torch() -> None:
     x, weight = random(5, 32), random(32)
     torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), torch.nn.functional.rms_norm(x, (32,), weight, 1e-5))
+
+
+def test_rows_as_int8() -> None:
+    """By hand: the largest number is 127 steps; halves go to the even step; zeros have no scale."""
+    x = torch.tensor([[127.0, -2.5, 1.5, 0.4], [0.0, 0.0, 0.0, 0.0], [0.5, -63.5, 31.75, 0.25]])
+    numbers, scales = ops.quantize_rows(x)
+    assert numbers.dtype == torch.int8 and scales.tolist() == [1.0, 0.0, 0.5]
+    assert numbers.tolist() == [[127, -2, 2, 0], [0, 0, 0, 0], [1, -127, 64, 0]]
 
 
 def test_rope_turns_each_pair_by_its_angle_and_stores() -> None:

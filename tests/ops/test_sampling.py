@@ -15,39 +15,8 @@ from pelton.ops.native import native
 from pelton.ops.sampling import NO_TOKEN_LEFT, NOT_FINITE, Constraint, SampleRow, sample, uniform
 
 HAS_KERNEL = hasattr(native, "sample")
+Choices = dict[str, dict[str, Any]]
 ISAS = native.supported_isas() if HAS_KERNEL else ["none"]
-
-CHOICES: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "plain": {"temperature": 1.0},
-    "cold": {"temperature": 0.3},
-    "hot": {"temperature": 7.0},
-    "extremely-hot": {"temperature": 1e30},
-    "extremely-cold": {"temperature": 1e-5},
-    "top_k": {"temperature": 1.0, "top_k": 20},
-    "top_k-1": {"temperature": 1.0, "top_k": 1},
-    "top_k-large": {"temperature": 5.0, "top_k": 800},
-    "top_k-all": {"temperature": 1.0, "top_k": 100_000},
-    "top_p": {"temperature": 1.0, "top_p": 0.9},
-    "top_p-flat": {"temperature": 20.0, "top_p": 0.95},
-    "top_p-tiny": {"temperature": 1.0, "top_p": 1e-320},
-    "top_p-nearly-1": {"temperature": 1.0, "top_p": 1 - 1e-12},
-    "min_p": {"temperature": 1.0, "min_p": 0.05},
-    "min_p-1": {"temperature": 1.0, "min_p": 1.0},
-    "top_k-top_p": {"temperature": 1.2, "top_k": 50, "top_p": 0.8},
-    "min_p-top_p": {"temperature": 1.2, "min_p": 0.01, "top_p": 0.8},
-    "min_p-top_k": {"temperature": 1.2, "min_p": 0.2, "top_k": 50},
-    "all-three": {"temperature": 1.5, "min_p": 0.02, "top_k": 90, "top_p": 0.95},
-}
-CHANGES: dict[str, dict[str, Any]] = {
-    "repetition": {"repetition_penalty": 1.7},
-    "frequency": {"frequency_penalty": 0.7},
-    "presence": {"presence_penalty": -1.3},
-    "penalties": {"repetition_penalty": 0.6, "frequency_penalty": -0.4, "presence_penalty": 0.9},
-    "bias": {"bias": {3: 2.5, 0: -100.0, 5: 0.1}},
-    "allowed": {"allowed_ids": [6, 1, 2, 5, 1]},
-    "everything": {"allowed_ids": range(2, 7), "bias": {3: 1.0}, "repetition_penalty": 1.2, "presence_penalty": 0.5},
-}
 
 
 @pytest.fixture(params=ISAS)
@@ -141,38 +110,37 @@ def test_uniform() -> None:
 
 
 @pytest.mark.parametrize("vocab", [7, 16, 100, 255, 256, 257, 1000, 4099])
-def test_choices(isa: str, vocab: int) -> None:
-    logits = random(1, vocab).expand(len(CHOICES), vocab).contiguous()
+def test_choices(isa: str, choices: Choices, vocab: int) -> None:
+    logits = random(1, vocab).expand(len(choices), vocab).contiguous()
     for seed in range(12):
-        check(logits, [make_row(seed=seed, **fields) for fields in CHOICES.values()])
+        check(logits, [make_row(seed=seed, **fields) for fields in choices.values()])
 
 
 @pytest.mark.parametrize("vocab", [7, 100, 1031])
-def test_changes(isa: str, vocab: int) -> None:
-    for i, fields in enumerate(CHANGES.values()):
+def test_changes(isa: str, changes: Choices, vocab: int) -> None:
+    for i, fields in enumerate(changes.values()):
         for choice in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}):
             check(random(3, vocab, seed=i), [make_row(seed=seed, **fields, **choice) for seed in range(3)])
 
 
-@pytest.mark.parametrize("name", CHOICES)
-def test_ties_go_to_the_lower_id(isa: str, name: str) -> None:
+def test_ties_go_to_the_lower_id(isa: str, choice: dict[str, Any]) -> None:
     logits = random(20, 301).round()
-    check(logits, [make_row(seed=seed, num_top=10, **CHOICES[name]) for seed in range(20)])
+    check(logits, [make_row(seed=seed, num_top=10, **choice) for seed in range(20)])
     equal = torch.full((20, 301), -2.5)
-    check(equal, [make_row(seed=seed, num_top=3, **CHOICES[name]) for seed in range(20)])
+    check(equal, [make_row(seed=seed, num_top=3, **choice) for seed in range(20)])
 
 
-def test_few_tokens_with_any_probability(isa: str) -> None:
-    logits = torch.full((len(CHOICES), 500), -1e30)
+def test_few_tokens_with_any_probability(isa: str, choices: Choices) -> None:
+    logits = torch.full((len(choices), 500), -1e30)
     logits[:, [3, 250, 499]] = torch.tensor([1.0, 2.0, 0.5])
-    rows = [make_row(seed=5, **fields) for name, fields in CHOICES.items()]
+    rows = [make_row(seed=5, **fields) for name, fields in choices.items()]
     tokens = check(logits, rows)
-    assert all(t in (3, 250, 499) for t, name in zip(tokens, CHOICES, strict=True) if name != "extremely-hot")
+    assert all(t in (3, 250, 499) for t, name in zip(tokens, choices, strict=True) if name != "extremely-hot")
 
 
 @pytest.mark.parametrize("vocab", [1, 2])
-def test_tiny_vocabularies(isa: str, vocab: int) -> None:
-    check(random(len(CHOICES), vocab), [make_row(tokens=[0], num_top=1, **fields) for fields in CHOICES.values()])
+def test_tiny_vocabularies(isa: str, choices: Choices, vocab: int) -> None:
+    check(random(len(choices), vocab), [make_row(tokens=[0], num_top=1, **fields) for fields in choices.values()])
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
@@ -202,10 +170,10 @@ def test_not_finite(isa: str, bad: float, place: int) -> None:
         assert [t == NOT_FINITE for t in check(logits, rows, constraints)] == [False, False, True, False]
 
 
-def test_large_finite_logits(isa: str) -> None:
+def test_large_finite_logits(isa: str, choices: Choices) -> None:
     """The largest float is finite, and neither sums nor differences spoil it."""
-    logits = torch.tensor([[3.4e38, -3.4e38, 3.4e38, 1.0]]).repeat(len(CHOICES), 25)
-    assert min(check(logits, [make_row(**fields) for fields in CHOICES.values()])) >= 0
+    logits = torch.tensor([[3.4e38, -3.4e38, 3.4e38, 1.0]]).repeat(len(choices), 25)
+    assert min(check(logits, [make_row(**fields) for fields in choices.values()])) >= 0
 
 
 def test_constraints(isa: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pelton.errors import ConfigError
-from pelton.quant.layout import Blocks, Codebook4, Dense, Int, LinearWeight, Stack, fuse
+from pelton.quant.layout import W8A8, Blocks, Codebook4, Dense, Float8, Int, LinearWeight, Stack, fuse
 from pelton.weights.dummy import LAYOUTS
 from pelton.weights.stored import BlockType
 
@@ -61,6 +61,68 @@ def test_codebook_by_hand() -> None:
     check(weight)
 
 
+def float8(n: int, k: int) -> torch.Tensor:
+    """Every number there is, in some order."""
+    numbers = torch.arange(256, dtype=torch.uint8)
+    numbers = numbers[numbers & 127 != 127].repeat(-(-n * k // 254))[: n * k]
+    return numbers[torch.randperm(n * k)].view(n, k)
+
+
+@pytest.mark.parametrize("num_in", [256, 192, 100])
+@pytest.mark.parametrize("num_out", [128, 200])
+def test_float8(num_out: int, num_in: int) -> None:
+    """A scale for the whole, for each row, and for each block, of which the last ones are smaller."""
+    codes = float8(num_out, num_in)
+    numbers = codes.view(torch.float8_e4m3fn).float()
+    one, by_row = torch.rand(1, 1) / 1000, torch.rand(num_out, 1) / 1000
+    by_block = torch.rand(-(-num_out // 128), -(-num_in // 128)) / 1000
+    columns = torch.arange(num_in) // 128
+    for scales, block, expected in (
+        (one, (num_out, num_in), one), (by_row, (1, num_in), by_row),
+        (by_block, (128, 128), by_block[torch.arange(num_out) // 128][:, columns]),
+    ):
+        weight = Float8(codes, scales, block)
+        assert torch.equal(weight.dequantize(), numbers * expected)
+        assert weight.scales.shape == (num_out, num_in // weight.group)
+        check(weight)
+
+
+def test_float8_by_hand() -> None:
+    """The largest number, one, the least normal and subnormal ones, minus zero, and what is no number."""
+    codes = torch.tensor([[0x7E, 0x38, 0x08, 0x01, 0x80, 0x7F]], dtype=torch.uint8)
+    numbers = Float8(codes, torch.tensor([[2.0]]), (1, 6)).dequantize()[0]
+    assert numbers[:5].tolist() == [896.0, 2.0, 2.0**-5, 2.0**-8, 0.0] and numbers[5].isnan()
+
+
+def test_w8a8_multiplies_integers() -> None:
+    weight = W8A8(torch.randint(0, 256, (9, 40), dtype=torch.uint8), torch.rand(9, 1))
+    x, bias = torch.randn(5, 40), torch.randn(9)
+    x[3] = 0
+    x[4, :2] = torch.tensor([4.0, 2.5 * 4 / 127])  # 2.5 steps: to the even one
+    scales = x.abs().amax(1) / 127
+    rounded = (x / scales[:, None]).nan_to_num().round().int()
+    assert rounded[4, :2].tolist() == [127, 2] and rounded.abs().max() == 127
+    sums = (rounded[:, None] * (weight.codes.int() - 128)).sum(-1)
+    expected = sums.float() * scales[:, None] * weight.scales[:, 0]
+    assert torch.equal(weight.matmul(x), expected)
+    assert torch.equal(weight.matmul(x, bias), expected + bias)
+    total = torch.randn(5, 9)
+    assert torch.equal(weight.matmul(x, bias, total.clone()), total + (expected + bias))
+    exact = x @ weight.dequantize().T
+    assert (weight.matmul(x) - exact).abs().max() < 0.02 * exact.abs().max()
+    for i in range(5):
+        assert torch.equal(weight.matmul(x[i : i + 1])[0], expected[i])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_w8a8_shows_what_is_not_finite(value: float) -> None:
+    weight = W8A8(torch.randint(0, 256, (9, 40), dtype=torch.uint8), torch.rand(9, 1))
+    x = torch.randn(2, 40)
+    x[1, 7] = value
+    finite = weight.matmul(x).isfinite()
+    assert finite[0].all() and not finite[1].any()
+
+
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
@@ -78,6 +140,7 @@ def whole_weights() -> dict[str, LinearWeight]:
     act_order = Int(4, codes, torch.rand(6, 4), 8, order)
     return {
         **made, "dense": Dense(torch.randn(6, 512)), "one group": by_row, "act-order": act_order,
+        "fp8 by row": Float8(float8(6, 512), torch.rand(6, 1), (1, 512)),
         "blocks": blocks(6, 16), "blocks in another order": blocks(6, 16, torch.randperm(6)),
     }
 
@@ -101,6 +164,7 @@ def test_a_part_is_cut_out_of_the_definition(name: str) -> None:
         ("gptq", range(64, 512), "groups of 128 columns, which would be cut at 64 and 512"),
         ("awq", range(192), "groups of 128 columns, which would be cut at 0 and 192"),
         ("bitsandbytes", range(32), "groups of 64 columns"),
+        ("fp8", range(64, 512), "groups of 128 columns, which would be cut at 64 and 512"),
         ("act-order", range(256), "act-order"),
     ],
 )
@@ -108,3 +172,13 @@ def test_columns_that_are_kept_together_are_not_cut(name: str, columns: range, m
     with pytest.raises(ConfigError, match=message) as refused:
         whole_weights()[name].part(range(6), columns)
     assert "--tensor-parallel-size" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_parts_of_w8a8_round_no_more_than_the_whole() -> None:
+    weight = W8A8(torch.randint(0, 256, (9, 64), dtype=torch.uint8), torch.rand(9, 1))
+    x = torch.randn(20, 64)
+    x[:, 50] = 30.0  # one number makes the steps of all columns large; in parts, of its half only
+    exact = x @ weight.dequantize().T
+    halves = [range(32), range(32, 64)]
+    in_parts = sum(weight.part(range(9), half).matmul(x[:, half.start : half.stop]) for half in halves)
+    assert 0 < (in_parts - exact).norm() < (weight.matmul(x) - exact).norm()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pelton.quant import FORMATS
-from pelton.quant.layout import Blocks, Codebook4, Dense, Int, LinearWeight, Stack, fuse
+from pelton.quant.layout import W8A8, Blocks, Codebook4, Dense, Float8, Int, LinearWeight, Stack, fuse
 from pelton.quant.native import Packed, PackedStack, Table, pack
 from pelton.weights.gguf import BLOCK_TYPES
 
@@ -43,6 +43,12 @@ def codes(bits: int, group: int, zeros: bool, order: bool = False, num_in: int =
     return Int(bits, values, scales, zero, torch.randperm(num_in) if order else None)
 
 
+def float8(num_in: int, num_out: int = NUM_OUT) -> Float8:
+    """With a scale for each block."""
+    numbers = torch.randn(num_out, num_in).to(torch.float8_e4m3fn)
+    return Float8(numbers.view(torch.uint8), torch.rand(-(-num_out // 128), -(-num_in // 128)), (128, 128))
+
+
 LAYOUTS: dict[str, Any] = {
     **{name: lambda name=name: blocks(name) for name in FORMATS},
     "rows in another order": lambda: Blocks(TYPES["Q4_1"], blocks("Q4_1").data, (NUM_OUT, NUM_IN),
@@ -56,6 +62,8 @@ LAYOUTS: dict[str, Any] = {
     "int8 of 70 columns": lambda: codes(8, 96, zeros=False, num_in=70),
     "codebook4": lambda: Codebook4(torch.randint(0, 16, (NUM_OUT, NUM_IN), dtype=torch.uint8),
                                    torch.rand(NUM_OUT, NUM_IN // 64), NF4),
+    "float8": lambda: float8(NUM_IN),
+    "float8 of 100 columns": lambda: float8(100),
     "dense of 37 columns": lambda: Dense(torch.randn(NUM_OUT, 37)),
     "dense bfloat16 of 37 columns": lambda: Dense(torch.randn(NUM_OUT, 37).bfloat16()),
 }
@@ -141,6 +149,26 @@ def test_parts_of_several_formats_stay_apart_and_write_side_by_side() -> None:
     torch.testing.assert_close(stack.matmul(x, bias), expected, atol=1e-4, rtol=1e-4)
     start = torch.randn(5, 88)
     torch.testing.assert_close(stack.matmul(x, bias, start.clone()), expected + start, atol=1e-4, rtol=1e-4)
+
+
+def test_float8_becomes_numbers_of_the_compute_dtype() -> None:
+    parts = [float8(256, 48), float8(256, 20)]
+    joined = pack(fuse(parts), "fp32", torch.bfloat16)
+    assert isinstance(joined, Packed)
+    assert torch.equal(joined.dequantize(), Stack(parts).dequantize().bfloat16().float())
+
+
+@pytest.mark.parametrize("activations", ["fp32", "int8"])
+def test_w8a8_rounds_its_input_as_all_weights_do(cpu: Any, activations: str) -> None:
+    """As finely as its definition at least, also where a row has outliers."""
+    int8 = codes(8, NUM_IN, zeros=False)
+    weight = W8A8(int8.codes, int8.scales)
+    x = torch.randn(7, NUM_IN)
+    x[:, 5] *= 30
+    got, expected = packed(weight, activations).matmul(x), packed(int8, activations).matmul(x)
+    assert torch.equal(got, expected)
+    exact = x.double() @ weight.dequantize().double().T
+    assert (got - exact).norm() < (weight.matmul(x) - exact).norm()
 
 
 def test_rows_of_an_embedding(cpu: Any) -> None:

@@ -51,8 +51,23 @@ def read(tiles: Tiles) -> Tensor:
                 at = ((tile * (num_in // 256) + k // 256) * 8 + g) * 2 + r
                 d = [d[i] * float(supers[at * per_group + i]) for i in range(per_group)]
             q = float(tiles.values[u]) if tiles.values.numel() else u - tiles.zero
+            if tiles.float8:
+                q = spread(u, half=k % 2 == 0)
             out[n, k] = d[0] * q - (d[1] if tiles.has_min else 0)
     return out
+
+
+def spread(code: int, half: bool) -> float:
+    """The number of a float8's bits, as few_rows.cu makes it: in float16, or in bfloat16."""
+    extended = (code - 256 if code & 128 else code) & 0xFFFF
+    bits = (extended << 7) & 0xBF80 if half else (extended << 4) & 0x87F0
+    number = torch.tensor([bits], dtype=torch.uint16).view(torch.float16 if half else torch.bfloat16)
+    return float(number.float() * 2.0 ** (8 if half else 120))
+
+
+def float8(num_in: int, group: int) -> Codes:
+    numbers = (torch.randn(24, num_in) * torch.logspace(-3, 2, num_in)).to(torch.float8_e4m3fn)
+    return Codes(8, numbers.view(torch.uint8), torch.rand(24, num_in // group), float8=True)
 
 
 def codes(bits: int, group: int, num_in: int = 256, **options: Any) -> Codes:
@@ -75,12 +90,19 @@ def k_quant(bits: int, group: int, minima: bool) -> Codes:
         codes(4, 32, zero=8), codes(4, 128, zero=8), codes(5, 32, zero=16), codes(8, 32, zero=128),
         codes(8, 100, num_in=100, zero=128), codes(4, 64, values=tuple(map(float, range(16)))),
         Codes(4, codes(4, 64).codes, torch.rand(24, 4), torch.rand(24, 4)),
+        float8(256, 128), float8(192, 192),
         k_quant(2, 16, True), k_quant(3, 16, False), k_quant(4, 32, True), k_quant(5, 32, True), k_quant(6, 16, False),
     ],
     ids=lambda parts: f"{parts.bits}-{parts.scales.shape[1]}-{parts.mins is not None}",
 )
 def test_tiles_hold_the_codes(parts: Codes) -> None:
     torch.testing.assert_close(read(make_tiles(parts)), parts.weights(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_every_float8(half: bool) -> None:
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    assert all(spread(code, half) == float(numbers[code]) for code in range(256) if code & 127 != 127)
 
 
 def test_groups_that_do_not_fit() -> None:

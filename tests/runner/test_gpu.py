@@ -25,7 +25,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 VOCAB_SIZE = 512
 # How far log-probabilities, which are about -7, may be from float32's: mean and most. About twice what plain torch in
 # the same dtype shows with these weights; with Gemma's norms after each half, rounding of the residual stream grows.
-TOLERANCE = {"float16": (0.008, 0.06), "bfloat16": (0.03, 0.2), "Gemma in bfloat16": (0.1, 1.2)}
+# With w8a8, twice what its definition shows in float32, which rounds the input of each product.
+TOLERANCE = {"float16": (0.008, 0.06), "bfloat16": (0.03, 0.2), "Gemma in bfloat16": (0.1, 1.2),
+             "w8a8": (0.06, 0.25), "Gemma in w8a8": (0.25, 2.0)}
 PROMPTS = [[(37 * i + 11 * k * k) % VOCAB_SIZE for k in range(3 + 41 * i)] for i in range(5)]
 
 
@@ -98,7 +100,8 @@ def test_numbers_of_the_cpu(architecture: str, layout: str | None) -> None:
     source = DummyCheckpoint(
         config_of(architecture), getattr(torch, dtype), torch.device("cuda"), scale=0.05, layout=layout
     )
-    tolerance = TOLERANCE["Gemma in bfloat16" if architecture.startswith("Gemma") else dtype]
+    kind = "w8a8" if layout == "w8a8" else dtype
+    tolerance = TOLERANCE[f"Gemma in {kind}" if architecture.startswith("Gemma") else kind]
     on_gpu, on_cpu = make_engine(source, dtype), make_engine(Copied(source), "float32")
     found = run(on_gpu, PROMPTS, max_tokens=24, prompt_logprobs=0)
     expected = run(on_cpu, PROMPTS, max_tokens=1, prompt_logprobs=0)
@@ -119,8 +122,9 @@ def test_the_same_text_in_float32(architecture: str) -> None:
     ]
 
 
-def test_captured_and_eager_steps_give_the_same_bits() -> None:
-    source = DummyCheckpoint(config_of("LlamaForCausalLM"), torch.bfloat16, torch.device("cuda"), layout="gptq")
+@pytest.mark.parametrize("layout", ["gptq", "fp8", "w8a8"])
+def test_captured_and_eager_steps_give_the_same_bits(layout: str) -> None:
+    source = DummyCheckpoint(config_of("LlamaForCausalLM"), torch.bfloat16, torch.device("cuda"), layout=layout)
     captured, eager = (run(make_engine(source, "bfloat16", flag), PROMPTS, max_tokens=24) for flag in (False, True))
     assert captured == eager
 

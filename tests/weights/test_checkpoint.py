@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from pelton.errors import ConfigError, ModelFormatError
 from pelton.ops.native import native, reason
-from pelton.quant.layout import Blocks, Dense
+from pelton.quant.layout import Blocks, Dense, fuse
 from pelton.quant.native import Packed, Table
 from pelton.weights.checkpoint import Checkpoint, open_checkpoint
-from pelton.weights.dummy import DummyCheckpoint
+from pelton.weights.dummy import LAYOUTS, DummyCheckpoint
 from pelton.weights.files import ModelFiles, open_model
 from pelton.weights.gguf_names import ARCHITECTURES, hf_name
 
@@ -283,6 +283,19 @@ def test_dummy_checkpoint() -> None:
     assert not torch.equal(weight, layer.tensor("k_proj.weight", (300, 200)))
     assert 0.9 < layer.tensor("input_layernorm.weight", (64,), torch.float32).mean() < 1.1
     ckpt.finish()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(300, 512), (48, 96)])
+def test_dummy_layouts(layout: str, shape: tuple[int, int]) -> None:
+    """Random weights of about the usual size; packed they are the same, float8 in the compute dtype."""
+    ckpt = DummyCheckpoint({}, torch.bfloat16, CPU, layout=layout).at("model.layers.0")
+    weight = ckpt.linear("q_proj.weight", shape)
+    numbers = weight.dequantize().float()
+    assert numbers.shape == shape and 0.01 < numbers.std() < 0.04 and numbers.mean().abs() < 0.004
+    assert torch.equal(ckpt.linear("q_proj.weight", shape).dequantize().float(), numbers)
+    packed = ckpt.packed(fuse([weight, ckpt.linear("k_proj.weight", shape)])).dequantize().float()
+    torch.testing.assert_close(packed[: shape[0]], numbers, atol=1e-6, rtol=2**-8 if layout == "fp8" else 1e-6)
 
 
 def test_weights_keep_their_format_and_the_file_its_content(smollm2_path: Path) -> None:

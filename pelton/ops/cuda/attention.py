@@ -9,9 +9,9 @@ Chunks: tiles of many tokens, each walking over all that its tokens see.
 Decodes, and requests with few new tokens: tiles of one token. What it sees is cut into parts, which begin at multiples
 of their length, are summed alone and joined in order. A part has PART keys, doubled until MAX_PARTS parts suffice. The
 parts of all decodes stand in one row, which is divided evenly among a fixed number of programs. Where all parts of a
-token fall to one program, it joins them; else they go through memory, and a second kernel joins them with the same
-arithmetic. So a token's numbers depend on its own context, never on its company. (Computed in a larger chunk, they may
-differ in the last bits.)
+token fall to one program, it joins them; else they go through memory, and the last of its programs to come there joins
+them with the same arithmetic. So a token's numbers depend on its own context, never on its company. (Computed in a
+larger chunk, they may differ in the last bits.)
 """
 
 from __future__ import annotations
@@ -27,10 +27,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pelton import ops
-from pelton.ops.cuda.launch import OVERLAP, has_float8, num_processors, on_gpu, shared_memory, wait_for_inputs
+from pelton.ops.cuda.launch import (
+    OVERLAP,
+    has_float8,
+    let_next_begin,
+    num_processors,
+    on_gpu,
+    shared_memory,
+    wait_for_inputs,
+    wait_for_previous,
+)
 
 PART = 128  # keys
 MAX_PARTS = 64
+MAX_PROGRAMS = 2  # for each of a GPU's processors
 FEW_ROWS = 8  # a request with so many new tokens is computed as that many decodes
 MAX_HEAD_SIZE = 256
 MAX_GROUP = 64  # query heads that share a key head
@@ -385,25 +395,72 @@ def _join(a, b):
     return Sums(maximum, tl.fma(a.total, c, b.total * d), tl.fma(a.weighted, c_rows, b.weighted * d_rows))
 
 
+class Parts(NamedTuple):
+    """Sums of parts that go through memory. A row for each program in whose share the units of a token begin and do not
+    end, which is one token at most: [programs, slots, GROUP]."""
+
+    sums: Sums
+    num_slots: int
+    arrived: Any  # int32 [programs]: parts that are there; zeros, and zeros again when all were
+
+
 @triton.jit
-def _part_offsets(x, place, share, i, head, num_slots):
-    """Where the sums of part i lie, for heads [rows] of the group: a row for each program in whose share the units of a
-    token begin and do not end, which is one token at most."""
-    return ((place.begin // share) * num_slots + i - place.first // place.keys) * x.shape.GROUP + head
+def _part_offsets(x, parts, place, share, part, row):
+    """Where the sums of a part lie, for heads [rows] of the group."""
+    slot = part - place.first // place.keys
+    return ((place.begin // share) * parts.num_slots + slot) * x.shape.GROUP + row
+
+
+@triton.jit
+def _store_part(x, parts, sums, offsets, there):
+    column = tl.arange(0, x.shape.WIDTH)[None, :]
+    tl.store(parts.sums.maximum + offsets, sums.maximum, mask=there)
+    tl.store(parts.sums.total + offsets, sums.total, mask=there)
+    pointers = parts.sums.weighted + offsets[:, None] * x.shape.HEAD_SIZE + column
+    tl.store(pointers, sums.weighted, mask=there[:, None] & (column < x.shape.HEAD_SIZE))
+
+
+@triton.jit
+def _load_part(x, parts, offsets, there):
+    """What another program stored; of rows that are not there, sums of nothing."""
+    column = tl.arange(0, x.shape.WIDTH)[None, :]
+    maximum = tl.load(parts.sums.maximum + offsets, mask=there, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(parts.sums.total + offsets, mask=there, other=0.0, cache_modifier=".cg")
+    pointers = parts.sums.weighted + offsets[:, None] * x.shape.HEAD_SIZE + column
+    inside = there[:, None] & (column < x.shape.HEAD_SIZE)
+    return Sums(maximum, total, tl.load(pointers, mask=inside, other=0.0, cache_modifier=".cg"))
+
+
+@triton.jit
+def _join_if_last(x, parts, place, share, num_stored, ROWS: tl.constexpr):
+    """Count the parts that this program stored; if they were the last of the token, join all and store its output."""
+    first, last = place.first // place.keys, place.last // place.keys
+    counter = parts.arrived + place.begin // share
+    tl.debug_barrier()  # all of the program's threads have stored
+    if tl.atomic_add(counter, num_stored, sem="acq_rel") + num_stored == last - first + 1:
+        row = tl.arange(0, ROWS)
+        there = row < x.shape.GROUP
+        sums = _load_part(x, parts, _part_offsets(x, parts, place, share, first, row), there)
+        for begin in range(first + 1, last + 1, 4):
+            for i in tl.static_range(4):  # whose loads are under way together
+                part = begin + i
+                offsets = _part_offsets(x, parts, place, share, part, row)
+                sums = _join(sums, _load_part(x, parts, offsets, there & (part <= last)))
+        _store_out(x, sums, place.token, place.g * x.shape.GROUP + row, there)
+        tl.store(counter, 0)
 
 
 @triton.jit(do_not_specialize=["num_requests", "few_rows"])
 def _decode_kernel(
-    x, parts, num_slots, num_requests, few_rows, PART: tl.constexpr, MAX_PARTS: tl.constexpr, REQUESTS: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    x, parts, num_requests, few_rows, PART: tl.constexpr, MAX_PARTS: tl.constexpr, REQUESTS: tl.constexpr,
+    ROWS: tl.constexpr, JOINED_ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):
     """Each program computes its share of the units."""
-    wait_for_inputs()
+    let_next_begin()
     ends, share = _line_up(x, num_requests, few_rows, PART, MAX_PARTS, REQUESTS)
     unit = tl.program_id(0) * share
     stop = tl.minimum(unit + share, tl.max(ends, 0))
     row = tl.arange(0, ROWS)
-    column = tl.arange(0, x.shape.WIDTH)[None, :]
     there = row < x.shape.GROUP
     while unit < stop:
         place = _find(x, unit, ends, PART, MAX_PARTS)
@@ -411,8 +468,8 @@ def _decode_kernel(
         begin = tl.maximum(tl.cdiv(unit - place.origin, place.step) * place.keys, place.first // KEYS * KEYS)
         end = tl.minimum(tl.cdiv(until - place.origin, place.step) * place.keys, place.last + 1)
         is_shared = _is_shared(place, share)
-        head = place.g * x.shape.GROUP + row
-        query = _load_query(x, place.token, head, there)
+        wait_for_previous()  # what was read until here was there when the step began
+        query = _load_query(x, place.token, place.g * x.shape.GROUP + row, there)
         part, joined = _no_sums(x, ROWS), _no_sums(x, ROWS)
         for at in range(begin, end, KEYS):
             part = _add_span(
@@ -420,40 +477,18 @@ def _decode_kernel(
             )
             if ((at + KEYS) % place.keys == 0) | (at + KEYS > place.last):  # the part is complete
                 if is_shared:
-                    offsets = _part_offsets(x, place, share, at // place.keys, row, num_slots)
-                    tl.store(parts.maximum + offsets, part.maximum, mask=there)
-                    tl.store(parts.total + offsets, part.total, mask=there)
-                    pointers = parts.weighted + offsets[:, None] * x.shape.HEAD_SIZE + column
-                    tl.store(pointers, part.weighted, mask=there[:, None] & (column < x.shape.HEAD_SIZE))
+                    _store_part(x, parts, part, _part_offsets(x, parts, place, share, at // place.keys, row), there)
                 else:
                     joined = _join(joined, part)
                 part = _no_sums(x, ROWS)
-        if (begin < end) & (not is_shared):
-            _store_out(x, joined, place.token, head, there)
+        if begin < end:
+            if is_shared:
+                num_stored = (end - 1) // place.keys - begin // place.keys + 1
+                _join_if_last(x, parts, place, share, num_stored, JOINED_ROWS)
+            else:
+                _store_out(x, joined, place.token, place.g * x.shape.GROUP + row, there)
         unit = until
-
-
-@triton.jit(do_not_specialize=["num_requests", "few_rows"])
-def _join_kernel(
-    x, parts, num_slots, num_requests, few_rows, PART: tl.constexpr, MAX_PARTS: tl.constexpr, REQUESTS: tl.constexpr
-):
-    """Program (p, head): joins the parts of the token whose units begin in the share of p and end in another."""
-    wait_for_inputs()
-    ends, share = _line_up(x, num_requests, few_rows, PART, MAX_PARTS, REQUESTS)
-    unit = (tl.program_id(0) + 1) * share - 1  # the last of p
-    if unit >= tl.max(ends, 0):
-        return
-    place = _find(x, unit, ends, PART, MAX_PARTS)
-    if (place.begin // share == tl.program_id(0)) & _is_shared(place, share):
-        row = tl.program_id(1) + tl.arange(0, 1)
-        column = tl.arange(0, x.shape.WIDTH)[None, :]
-        sums = _no_sums(x, 1)
-        for i in tl.range(place.first // place.keys, place.last // place.keys + 1, num_stages=4):
-            offsets = _part_offsets(x, place, share, i, row, num_slots)
-            pointers = parts.weighted + offsets[:, None] * x.shape.HEAD_SIZE + column
-            values = tl.load(pointers, mask=column < x.shape.HEAD_SIZE, other=0.0)
-            sums = _join(sums, Sums(tl.load(parts.maximum + offsets), tl.load(parts.total + offsets), values))
-        _store_out(x, sums, place.token, place.g * x.shape.GROUP + row, row < x.shape.GROUP)
+    wait_for_previous()  # a kernel that ends tells the next that all before it have
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------
@@ -483,7 +518,8 @@ def paged_attention(
         float(scale), None if softcap is None else float(softcap),
         _compiled_in(window, num_kv_heads, query.shape[1] // num_kv_heads, head_size, block_size),
     )
-    requests = max(128, triton.next_power_of_2(context_lens.shape[0]))
+    num_requests = context_lens.shape[0]
+    requests = 1 if num_requests == 1 else max(128, triton.next_power_of_2(num_requests))
     if query.shape[0] != context_lens.shape[0]:
         _compute_chunks(x, requests)
     _compute_decodes(x, requests)
@@ -512,17 +548,26 @@ def _compute_decodes(x: Inputs, requests: int) -> None:
     few_rows = num_tokens if num_tokens == num_requests else FEW_ROWS
     max_units = triton.cdiv(x.block_table.shape[1] * x.key.numbers.shape[1], PART)
     most = min(num_tokens, num_requests * few_rows) * num_kv_heads * max_units
-    num_programs = min(most, 2 * num_processors(device))
-    # the borders of a window can cut one part more; a multiple of 4 keeps all addresses aligned
-    num_slots = triton.cdiv(min(max_units, MAX_PARTS) + 1, 4) * 4
-    size = num_programs * num_slots * group
-    parts = Sums(*torch.empty(size * (head_size + 2), device=device).split((size, size, size * head_size)))
-    args = x, parts, num_slots, num_requests, few_rows, PART, MAX_PARTS, requests
+    num_programs = min(most, MAX_PROGRAMS * num_processors(device))
     _decode_kernel[(num_programs,)](
-        *args, tiling.rows, min(tiling.keys, PART), num_warps=tiling.num_warps, num_stages=tiling.num_stages, **OVERLAP
+        x, _parts(num_programs, min(max_units, MAX_PARTS), group, head_size, device), num_requests, few_rows, PART,
+        MAX_PARTS, requests, tiling.rows, triton.next_power_of_2(group), min(tiling.keys, PART),
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **OVERLAP,
     )
-    if max_units > 1:
-        _join_kernel[(num_programs, group)](*args, num_warps=2, **OVERLAP)
+
+
+def _parts(num_programs: int, most: int, group: int, head_size: int, device: torch.device) -> Parts:
+    """Room for so many parts of a token."""
+    # the borders of a window can cut one part more; a multiple of 4 keeps all addresses aligned
+    num_slots = triton.cdiv(most + 1, 4) * 4
+    size = num_programs * num_slots * group
+    sums = torch.empty(size * (head_size + 2), device=device).split((size, size, size * head_size))
+    return Parts(Sums(*sums), num_slots, _counters(device)[:num_programs])
+
+
+@cache
+def _counters(device: torch.device) -> Tensor:
+    return torch.zeros(MAX_PROGRAMS * num_processors(device), dtype=torch.int32, device=device)
 
 
 def accepts_paged_attention(

@@ -1,41 +1,42 @@
-"""Products of few rows with a weight on a GPU: reads the weight once, at memory speed (few_rows.cu)."""
+"""Products of few rows with a weight on a GPU: read the weight once, at memory speed (few_rows.cu, more_rows.cu)."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from pelton.ops.cuda.launch import num_processors
+from pelton.ops.cuda.launch import num_processors, shared_memory
 from pelton.ops.cuda.program import Function, load
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
 MAX_ROWS = 64
-MAX_SPLIT = 8
-MAX_GATED_ROWS = 16
+MAX_INT8_ROWS = 16
+MAX_SHARING = 4  # blocks for each multiprocessor, of those that share columns with others
+PREFETCHED = 8 << 20  # bytes of the next weight, as many as memory gives in a pause
 GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
 HALVES = (torch.bfloat16, torch.float16)
 
 
 class _Args(ctypes.Structure):
-    """As in few_rows.cu."""
+    """As in tiles.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "out", "x", "codes", "more", "scales", "supers", "values", "bias", "partial", "arrived", "ids")),
-        *((name, ctypes.c_int) for name in ("M", "N", "K", "out_stride", "x_stride", "accumulate")),
-        ("factor", ctypes.c_float),
+            "out", "x", "codes", "more", "scales", "supers", "values", "bias", "partial", "arrived", "ids", "next")),
+        *((name, ctypes.c_int) for name in ("M", "N", "K", "out_stride", "x_stride", "accumulate", "next_bytes")),
+        ("factor", ctypes.c_float), ("x_scales", ctypes.c_void_p),
     ]
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """How work is cut: rows of x / 8, tiles of 16 weight rows of a warp, warps of a block, blocks that share columns;
-    and how many pieces a warp asks for ahead."""
+class _Few:
+    """How few_rows.cu cuts the work: rows of x / 8, tiles of 16 weight rows of a block, its warps, blocks that share
+    columns, and how many pieces a warp asks for ahead."""
 
     NT: int
     MT: int
@@ -43,9 +44,36 @@ class _Shape:
     SPLIT: int
     AHEAD: int
 
-    @property
-    def shared_bytes(self) -> int:
+    kernel = "few_rows"
+
+    def shared_bytes(self, piece_bytes: int) -> int:
         return 4 * self.WARPS * 16 * self.MT * (8 * self.NT + 1)
+
+    def blocks(self, num_out: int) -> int:
+        """Blocks beside each other."""
+        return -(-num_out // (ROWS * self.MT))
+
+
+@dataclass(frozen=True)
+class _More:
+    """How more_rows.cu cuts the work: rows of x / 8, tiles of 16 weight rows of a warp, warps of a block, blocks that
+    share columns, chunks in memory, and blocks of a multiprocessor."""
+
+    NT: int
+    MT: int
+    WARPS: int
+    SPLIT: int
+    STAGES: int
+    BLOCKS: int
+
+    kernel = "more_rows"
+
+    def shared_bytes(self, piece_bytes: int) -> int:
+        return self.STAGES * (2 * 8 * self.NT * (128 + 32) + self.WARPS * 2 * self.MT * 32 * piece_bytes)
+
+    def blocks(self, num_out: int) -> int:
+        """Blocks beside each other."""
+        return -(-num_out // (ROWS * self.MT * self.WARPS))
 
 
 def accepts(x: Tensor, weight: Tensor | Tiles) -> bool:
@@ -57,29 +85,67 @@ def accepts(x: Tensor, weight: Tensor | Tiles) -> bool:
 
 def accepts_gated(x: Tensor, weight: Tensor | Tiles) -> bool:
     """Whether `multiply` takes a gate too."""
-    return accepts(x, weight) and x.shape[0] <= MAX_GATED_ROWS and weight.shape[0] % (2 * ROWS) == 0
+    return accepts(x, weight) and weight.shape[0] % (2 * ROWS) == 0
 
 
 def multiply(
-    x: Tensor, weight: Tensor | Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False, gate: str = ""
+    x: Tensor, weight: Tensor | Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False,
+    gate: str = "", then: Tensor | Tiles | None = None,
 ) -> None:
     """out = x W^T (+ bias), or added to out. x [M, K]; weight: W [N, K] in x's dtype, or tiles; out [M, N] in x's dtype
-    or float32; bias in x's dtype. With a gate ("silu", "gelu_tanh") W is [gate | up]: out [M, N / 2] = gate(..) up."""
-    num_out, num_in = weight.shape
-    shape = _cut(x.shape[0], num_out, num_in, isinstance(weight, Tensor), num_processors(x.device))
-    if gate:
-        shape = replace(shape, MT=2, SPLIT=1)
-    defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "OUT32": int(out.dtype == torch.float32),
-               "GATE": GATES[gate], **vars(shape)}
-    partial, arrived = _scratch(x.device)
+    or float32; bias in x's dtype. With a gate ("silu", "gelu_tanh") W is [gate | up]: out [M, N / 2] = gate(..) up.
+    `then`: the weight that is multiplied after this one. Its first bytes are brought into the cache meanwhile."""
+    given = x.shape[0], *weight.shape, bool(gate)
+    cut: _Few | _More
+    if x.shape[0] <= 8:
+        cut = _cut(*given, isinstance(weight, Tensor), num_processors(x.device))
+    else:
+        cut = _cut_more(*given, _piece_bytes(weight), num_processors(x.device), shared_memory(x.device))
+    defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "GATE": GATES[gate]}
     args = _pointers(weight)
+    if then is not None:
+        codes = then if isinstance(then, Tensor) else then.codes
+        args.next, args.next_bytes = codes.data_ptr(), min(codes.nbytes, PREFETCHED)
+    _launch(x, weight, out, bias, accumulate, cut, defines, args)
+
+
+def accepts_int8(x: Tensor, out: Tensor, bias: Tensor | None) -> bool:
+    """Whether `multiply_int8` takes x [M, K] and such a bias."""
+    return x.shape[0] <= MAX_INT8_ROWS and x.shape[1] % (2 * COLUMNS) == 0 and (bias is None or out.dtype in HALVES)
+
+
+def multiply_int8(
+    x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, out: Tensor, bias: Tensor | None = None,
+    accumulate: bool = False,
+) -> None:
+    """out = x W^T, times the scales of both rows (+ bias), or added to out; sums are exact. x int8 [M, K], its scales
+    float32 [M]; W int8 [N, K], its scales float32 [N]; out [M, N] in a half precision or float32; bias in the former.
+    """
+    x, weight = x.view(torch.int16), weight.view(torch.int16)  # pairs lie where the kernel has numbers
+    cut = _cut(x.shape[0], *weight.shape, False, True, num_processors(x.device))
+    defines = {**_layout(weight), "INT8": 1, "HALF": int(out.dtype == torch.float16), "GATE": 0}
+    args = _pointers(weight)
+    args.scales, args.x_scales = scales.data_ptr(), x_scales.data_ptr()
+    _launch(x, weight, out, bias, accumulate, cut, defines, args)
+
+
+def _launch(
+    x: Tensor, weight: Tensor | Tiles, out: Tensor, bias: Tensor | None, accumulate: bool, cut: _Few | _More,
+    layout: Mapping[str, int], args: _Args,
+) -> None:
+    """`args`: those of the weight, and all bytes that are to be brought into the cache."""
+    num_out, num_in = weight.shape
+    defines = {**layout, "OUT32": int(out.dtype == torch.float32), **vars(cut)}
+    partial, arrived = _scratch(x.device)
     args.out, args.x, args.bias = out.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr()
     args.partial, args.arrived = partial.data_ptr(), arrived.data_ptr()
     args.M, args.N, args.K = x.shape[0], num_out, num_in
     args.out_stride, args.x_stride, args.accumulate = out.stride(0), x.stride(0), int(accumulate)
-    blocks = -(-num_out // (ROWS * shape.MT))  # with a gate too: a block has a tile of either half
-    _function("few_rows", tuple(sorted(defines.items())), shape.shared_bytes, x.device).launch(
-        (blocks, shape.SPLIT), 32 * shape.WARPS, args, x.device
+    blocks = cut.blocks(num_out)  # with a gate too, where each has a tile of either half
+    args.next_bytes = args.next_bytes // (blocks * cut.SPLIT) // 16 * 16
+    shared_bytes = cut.shared_bytes(_piece_bytes(weight))
+    _function(cut.kernel, tuple(sorted(defines.items())), shared_bytes, x.device).launch(
+        (blocks, cut.SPLIT), 32 * cut.WARPS, args, x.device
     )
 
 
@@ -92,36 +158,65 @@ def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, fact
     args.out, args.N, args.K, args.out_stride = out.data_ptr(), num_out, num_in, num_in
     args.ids, args.factor = None if ids is None else ids.data_ptr(), factor
     defines = {**_layout(tiles), "HALF": int(dtype == torch.float16), "OUT32": 0, "GATE": 0}
-    defines |= vars(_Shape(1, 1, 8, 1, 1))
     grid = -(-num_out // ROWS) if ids is None else len(ids), -(-num_in // (8 * COLUMNS))
     _function("open_codes", tuple(sorted(defines.items())), 0, device).launch(grid, 256, args, device)
     return out
 
 
 @cache
-def _cut(num_rows: int, num_out: int, num_in: int, is_dense: bool, processors: int) -> _Shape:
-    """Enough warps to keep the memory busy: measured on an H200. More rows of the weight a warp where there are many,
-    as it reads x for each tile."""
+def _cut(num_rows: int, num_out: int, num_in: int, is_gated: bool, is_dense: bool, processors: int) -> _Few:
+    """Enough warps to keep the memory busy: measured on an H200."""
     nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
     tiles = -(-num_out // ROWS)
-    few, wide, deep = tiles <= 2 * processors, tiles > 4 * processors, num_in >= 8192
+    few, wide = tiles <= 2 * processors, tiles > 4 * processors
     if is_dense:
-        warps, mt, ahead, split = 8, 1, 4 if few else 2, 1
-    elif nt <= 2:
-        warps, mt, ahead, split = (16, 2, 3, 1) if few else (4, 2, 3, 1) if wide else (8, 1, 3, 1)
-    elif nt == 4:
-        warps, mt, ahead, split = (8, 2, 3, 1) if few and not deep else (4 if wide else 8, 4, 2, 2 if few else 1)
-    else:
-        warps, mt, ahead, split = (4, 2, 2, 2 if few and deep else 1)
-    return _Shape(nt, mt, warps, split, ahead)
+        return _Few(nt, 2 if is_gated else 1, 8, 1, 4 if few else 2)
+    mt, warps = (2, 16) if few else (2, 4) if wide else (1, 8)
+    return _Few(nt, 2 if is_gated else mt, warps, 1, 3)
+
+
+@cache
+def _cut_more(
+    num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, processors: int, shared_memory: int
+) -> _More:
+    """Two blocks of a multiprocessor if they can be, and all multiprocessors with as much to do as others."""
+    nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
+    mt = 2 if is_gated or (nt <= 4 and piece_bytes < 64) else 1
+    num_warps, num_chunks = -(-num_out // (ROWS * mt)), -(-num_in // (2 * COLUMNS))
+
+    def cost(cut: tuple[int, int]) -> tuple[float, int]:
+        warps, split = cut
+        rounds = -(-(-(-num_warps // warps) * split) // processors)
+        return rounds * warps / split * (1.0 if rounds > 1 else 1.2), split
+
+    cuts = [
+        (warps, split) for warps in (8, 7, 6, 5, 4) for split in (1, 2, 3, 4, 6, 8)
+        if split == 1 or (num_chunks >= 4 * split and -(-num_warps // warps) * split <= MAX_SHARING * processors)
+    ]
+    warps, split = min(cuts, key=cost)
+    stage_bytes = _More(nt, mt, warps, split, 1, 1).shared_bytes(piece_bytes)
+    blocks = 2 if nt * mt <= 8 and shared_memory // 2 - 1024 >= 3 * stage_bytes else 1
+    stages = max(2, min(4, (shared_memory // blocks - 1024) // stage_bytes))
+    return _More(nt, mt, warps, split, stages, blocks)
+
+
+def _piece_bytes(weight: Tensor | Tiles) -> int:
+    """What a lane needs of 16 rows and 64 columns: PIECE_BYTES of tiles.cuh."""
+    if isinstance(weight, Tensor):
+        return 64
+    per_group = 1 + weight.has_min
+    supers = 4 * per_group if weight.scale_bits == 8 else 0
+    return weight.bits * 4 + 2 * max(1, COLUMNS // weight.group) * per_group * weight.scale_bits // 8 + supers
 
 
 def _layout(weight: Tensor | Tiles) -> Mapping[str, int]:
     if isinstance(weight, Tensor):
-        return {"NUMBERS": 1, "BITS": 16, "GROUP": 64, "SCALE": 16, "MIN": 0, "ZERO": 0, "LOOKUP": 0}
+        return {"NUMBERS": 1, "BITS": 16, "GROUP": 64, "SCALE": 16, "MIN": 0, "ZERO": 0, "LOOKUP": 0, "FLOAT8": 0,
+                "INT8": 0}
     return {
         "NUMBERS": 0, "BITS": weight.bits, "GROUP": weight.group, "SCALE": weight.scale_bits,
         "MIN": int(weight.has_min), "ZERO": weight.zero, "LOOKUP": int(weight.values.numel() > 0),
+        "FLOAT8": int(weight.float8), "INT8": 0,
     }
 
 
@@ -137,11 +232,14 @@ def _pointers(weight: Tensor | Tiles) -> _Args:
 
 @cache
 def _function(name: str, defines: tuple[tuple[str, int], ...], shared_bytes: int, device: torch.device) -> Function:
-    return load("few_rows.cu", name, dict(defines), shared_bytes, device)
+    return load(f"{name}.cu", name, dict(defines), shared_bytes, device)
 
 
 @cache
 def _scratch(device: torch.device) -> tuple[Tensor, Tensor]:
     """Sums of blocks that share columns, and how many of them are there: for one product at a time."""
-    most = 4 * num_processors(device) * ROWS * 4 * MAX_ROWS
-    return torch.empty(most, device=device), torch.zeros(4096, dtype=torch.int32, device=device)
+    blocks = MAX_SHARING * num_processors(device)
+    return (
+        torch.empty(blocks * 8 * 2 * ROWS * MAX_ROWS, device=device),
+        torch.zeros(blocks, dtype=torch.int32, device=device),
+    )

@@ -16,15 +16,28 @@ from triton.runtime import driver
 # From compute capability 9.0 on a kernel may be brought up while the one before it still runs.
 OVERLAPS = tl.constexpr(not knobs.runtime.interpret and torch.cuda.get_device_capability() >= (9, 0))
 OVERLAP: dict[str, Any] = {"launch_pdl": True} if OVERLAPS.value else {}
-"""Launch options of a kernel that calls `wait_for_inputs`."""
+"""Launch options of a kernel that waits for the one before."""
+
+
+@triton.jit
+def let_next_begin():
+    """Let the next kernel be brought up, once all programs are here."""
+    if OVERLAPS:
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous():
+    """Wait until the kernel before is complete, and so all before that. What a step began with can be read earlier."""
+    if OVERLAPS:
+        cuda.gdc_wait()
 
 
 @triton.jit
 def wait_for_inputs():
-    """The first thing in a kernel: lets the next one be brought up, and waits until the one before is complete."""
-    if OVERLAPS:
-        cuda.gdc_launch_dependents()
-        cuda.gdc_wait()
+    """The first thing in a kernel: lets the next one be brought up, and waits for the one before."""
+    let_next_begin()
+    wait_for_previous()
 
 
 def on_gpu(*tensors: Tensor | None) -> bool:

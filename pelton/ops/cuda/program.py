@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,10 +18,14 @@ from typing import Any
 
 import torch
 
-from pelton.errors import DeviceError
+from pelton.errors import DeviceError, OutOfMemoryError
+from pelton.ops import gpu
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 KEPT = Path("~/.cache/pelton/kernels")
+OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: begin before the kernel before has ended
 MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
@@ -43,9 +49,9 @@ class Function:
 def load(source: str, name: str, defines: Mapping[str, int], shared_bytes: int, device: torch.device) -> Function:
     """The function `name` of a source file of this folder, compiled with some definitions. DeviceError if it is not."""
     major, minor = torch.cuda.get_device_capability(device)
-    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "--device-int128",
+    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "--device-as-default-execution-space",
                *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
-    image = _cubin((SOURCES / source).read_text(), source, options)
+    image = _cubin(_text(source), source, options)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes sure that the device has a context
@@ -54,6 +60,11 @@ def load(source: str, name: str, defines: Mapping[str, int], shared_bytes: int, 
         if shared_bytes > 48 << 10:
             _check(_driver().cuFuncSetAttribute(function, MAX_SHARED, shared_bytes), f"shared memory of {name}")
     return Function(function, shared_bytes)
+
+
+def _text(source: str) -> str:
+    """A source file, with the files of this folder that it includes."""
+    return re.sub(r'#include "(.*)"', lambda found: _text(found[1]), (SOURCES / source).read_text())
 
 
 def _cubin(text: str, source: str, options: Sequence[str]) -> bytes:
@@ -66,10 +77,13 @@ def _cubin(text: str, source: str, options: Sequence[str]) -> bytes:
     if kept.exists():
         return kept.read_bytes()
     image = _compile(nvrtc, text, source, options)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    new = kept.with_suffix(f".{os.getpid()}")
-    new.write_bytes(image)
-    new.replace(kept)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        new = kept.with_suffix(f".{os.getpid()}")
+        new.write_bytes(image)
+        new.replace(kept)
+    except OSError as error:  # a home that cannot be written to, or a full disk
+        logger.warning("compiled kernels cannot be kept, and every start compiles them anew: %s", error)
     return image
 
 
@@ -80,7 +94,8 @@ def _compile(nvrtc: ctypes.CDLL, text: str, source: str, options: Sequence[str])
     failed = nvrtc.nvrtcCompileProgram(program, len(options), given)
     if failed:
         log = _result(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
-        raise DeviceError(f"{source} does not compile for this GPU ({' '.join(options)}): {log}")
+        logger.error("%s", log)
+        raise DeviceError(f"{source} does not compile for this GPU ({' '.join(options)}); the log tells why")
     image = _result(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     return image
@@ -117,20 +132,16 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-@cache
 def _nvrtc() -> ctypes.CDLL:
-    """The compiler in the packages that torch depends on."""
-    name = f"libnvrtc.so.{(torch.version.cuda or '').partition('.')[0]}"
-    try:
-        return ctypes.CDLL(name)
-    except OSError:
-        for path in Path(torch.__file__).parent.parent.glob(f"nvidia/*/lib/{name}"):
-            return ctypes.CDLL(str(path))
-    raise DeviceError(f"{name} is missing, which torch installs; install torch anew")
+    library = gpu.nvrtc()
+    if library is None:
+        raise DeviceError(f"libnvrtc of the package {gpu.nvrtc_package()} is missing; install it")
+    return library
 
 
 def _check(status: int, what: str) -> None:
     if status:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise DeviceError(f"{what} failed on the GPU: {(text.value or b'unknown error').decode()}")
+        kind = OutOfMemoryError if status == OUT_OF_MEMORY else DeviceError
+        raise kind(f"{what} failed on the GPU: {(text.value or b'unknown error').decode()}")

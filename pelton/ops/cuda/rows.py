@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pelton import ops
-from pelton.ops.cuda.launch import OVERLAP, has_float8, on_gpu, wait_for_inputs
+from pelton.ops.cuda.launch import OVERLAP, has_float8, let_next_begin, on_gpu, wait_for_inputs, wait_for_previous
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 TABLES = (*ACTIVATIONS, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -323,9 +323,10 @@ def _rope_kernel(
     HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """A few heads of one token a program: of its queries, then of its keys, then of its values."""
-    wait_for_inputs()
+    let_next_begin()
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + token)
+    slot = tl.load(slots_ptr + token)  # there since the step began
+    wait_for_previous()
     row = qkv_ptr + token * qkv_stride
     cos, sin = cos_ptr + token * cos_stride, sin_ptr + token * sin_stride
     num_q, num_kv = tl.cdiv(num_heads, HEADS), tl.cdiv(num_kv_heads, HEADS)
@@ -389,6 +390,43 @@ def accepts_rope_and_store(
     )
 
 
+# --- int8 ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _quantize_kernel(out_ptr, scale_ptr, x_ptr, size, x_stride, BLOCK: tl.constexpr):
+    """One row a program, which it reads twice."""
+    wait_for_inputs()
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    largest, broken = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, size, BLOCK):
+        x = tl.load(x_ptr + row * x_stride + start + columns, mask=start + columns < size, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
+        broken += x - x  # zero, or not a number: a maximum forgets these
+    scale = tl.div_rn(tl.max(largest, axis=0), 127.0) + tl.sum(broken, axis=0)
+    tl.store(scale_ptr + row, scale)
+    divisor = tl.broadcast_to(tl.maximum(scale, 2e-38), [BLOCK])
+    for start in range(0, size, BLOCK):
+        inside = start + columns < size
+        x = tl.load(x_ptr + row * x_stride + start + columns, mask=inside, other=0.0).to(tl.float32)
+        x = (tl.div_rn(x, divisor) + ROUNDS) - ROUNDS
+        tl.store(out_ptr + row * size + start + columns, x.to(tl.int8), mask=inside)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`ops.quantize_rows`."""
+    num_rows, size = x.shape
+    out = torch.empty(num_rows, size, dtype=torch.int8, device=x.device)
+    scales = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    block = min(triton.next_power_of_2(size), MAX_NORM)
+    if num_rows:
+        _quantize_kernel[(num_rows,)](
+            out, scales, x, size, x.stride(0), BLOCK=block, num_warps=min(max(block // 512, 1), 16), **OVERLAP
+        )
+    return out, scales
+
+
 def register(add: Callable[[ops.Op[..., Any], Callable[..., Any], Callable[..., bool]], None]) -> None:
     """Give each kernel of this module to `add(op, run, accepts)`."""
     add(ops.rms_norm, rms_norm, accepts_rms_norm)
@@ -397,5 +435,6 @@ def register(add: Callable[[ops.Op[..., Any], Callable[..., Any], Callable[..., 
     add(ops.gelu_tanh_and_mul, gelu_tanh_and_mul, is_rows)
     add(ops.softcap_, softcap_, lambda x, cap: is_rows(x))
     add(ops.select_rows, select_rows, accepts_select_rows)
+    add(ops.quantize_rows, quantize_rows, is_rows)
     add(ops.rope_angles, rope_angles, accepts_rope_angles)
     add(ops.rope_and_store_, rope_and_store_, accepts_rope_and_store)

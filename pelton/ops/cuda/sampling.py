@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -29,6 +30,7 @@ PROMPT, ALLOWED = kernels.PROMPT.value, kernels.ALLOWED.value
 GOLDEN = 0x9E3779B97F4A7C15  # the step of `sampling.mix`
 
 NO_CONSTRAINT = Constraint()
+NO_PENALTIES = 1.0, 0.0, 0.0
 
 Arrays = dict[str, NDArray[Any]]
 Best = tuple[Tensor, Tensor]
@@ -51,25 +53,30 @@ class Record:
     factors: tuple[float, float, float]  # repetition, frequency and presence penalty
     notes: Tensor | None  # int32 [V], if penalties or allowed ids need it: the kernels' notes on each token
     address: int  # of the notes, or 0
-    num_noted: int = -1  # tokens, of which that is the last
+    num_noted: int = -1  # tokens, of which that is the last; -1: nothing, not even what is allowed
     last_noted: int = -1
 
     def note(self, row: SampleRow, addresses: list[int], values: list[int]) -> None:
         """Add the addresses of the notes on new tokens, and what is to be noted."""
         if self.notes is None:
             return
-        num, ids = self.num_noted, row.token_ids
+        ids = row.token_ids if self.factors != NO_PENALTIES else ()  # else what was sampled changes nothing
+        num = self.num_noted
         if num > len(ids) or (num > 0 and ids[num - 1] != self.last_noted):  # one has been replaced
             self.notes.zero_()
             num = -1
-        new = ids[max(num, 0) :]
-        num_prompt = max(0, row.num_prompt - max(num, 0))
+        new = list(ids[max(num, 0) :])
+        num_prompt = min(len(new), max(0, row.num_prompt - max(num, 0)))
         values += [PROMPT] * num_prompt + [1] * (len(new) - num_prompt)
         if num < 0:
-            new = [*new, *row.allowed_ids]
+            new += row.allowed_ids
             values += [ALLOWED] * len(row.allowed_ids)
         addresses += [self.address + 4 * token_id for token_id in new]
         self.num_noted, self.last_noted = len(ids), ids[-1] if ids else -1
+
+    def forget(self) -> None:
+        """Begin anew: whether the kernels have noted what they were to note is not known."""
+        self.num_noted = sys.maxsize
 
 
 def _record(row: SampleRow, logits: Tensor) -> Record:
@@ -78,7 +85,7 @@ def _record(row: SampleRow, logits: Tensor) -> Record:
         return row.native
     vocab, is_drawn = logits.shape[1], row.temperature > 0.0
     factors = row.repetition_penalty, row.frequency_penalty, row.presence_penalty
-    needs_notes = factors != (1.0, 0.0, 0.0) or len(row.allowed_ids) > 0
+    needs_notes = factors != NO_PENALTIES or len(row.allowed_ids) > 0
     notes = torch.zeros(vocab, dtype=torch.int32, device=logits.device) if needs_notes else None
     row.native = record = Record(
         is_plain=row.is_plain,
@@ -134,8 +141,19 @@ def start_sample(
     logits: Tensor, rows: Sequence[SampleRow], constraints: Mapping[int, Constraint]
 ) -> Pending:
     """Enqueue the work of `sample`; waits for nothing."""
-    num_rows, device = logits.shape[0], logits.device
     records = [_record(row, logits) for row in rows]
+    try:
+        return _start(logits, rows, records, constraints)
+    except BaseException:
+        for record in records:
+            record.forget()
+        raise
+
+
+def _start(
+    logits: Tensor, rows: Sequence[SampleRow], records: list[Record], constraints: Mapping[int, Constraint]
+) -> Pending:
+    num_rows, device = logits.shape[0], logits.device
     wanted = Wanted.of(rows, logits.shape[1]) if any(row.num_top >= 0 for row in rows) else None
     tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
     arrays = {} if wanted is None else wanted.arrays()

@@ -93,9 +93,10 @@ def adjust_kernel(out_ptr, x_ptr, wholes_ptr, factors_ptr, masks_ptr, vocab, str
     has_allowed, address = tl.load(wholes_ptr + slot * 4 + 2), tl.load(wholes_ptr + slot * 4 + 3)
     repetition, frequency = tl.load(factors_ptr + slot * 3), tl.load(factors_ptr + slot * 3 + 1)
     x = tl.load(x_ptr + row * stride + token, mask=inside, other=-float("inf"))
-    if mask_row >= 0:
-        bits = tl.load(masks_ptr + mask_row * mask_stride + token // 8, mask=inside, other=0).to(tl.int32)
-        x = tl.where((bits >> (token % 8)) & 1 == 1, x, -float("inf"))
+    if masks_ptr is not None:  # noqa: SIM102 (known when it is compiled)
+        if mask_row >= 0:
+            bits = tl.load(masks_ptr + mask_row * mask_stride + token // 8, mask=inside, other=0).to(tl.int32)
+            x = tl.where((bits >> (token % 8)) & 1 == 1, x, -float("inf"))
     if address != 0:
         notes = tl.load(address.to(tl.pointer_type(tl.int32)) + token, mask=inside, other=0)
         x = tl.where((has_allowed == 0) | (notes & ALLOWED != 0), x, -float("inf"))

@@ -44,6 +44,14 @@ def integers(bits: int, group: int, mins: bool, num_in: int = NUM_IN) -> Codes:
     return Codes(bits, codes, scales, scales * 7 if mins else None, zero=0 if mins else 1 << (bits - 1))
 
 
+def float8(group: int, num_in: int = NUM_IN) -> Codes:
+    """Every number there is."""
+    numbers = torch.arange(256, dtype=torch.uint8, device="cuda")
+    numbers = numbers[numbers & 127 != 127].repeat(NUM_OUT * num_in // 254 + 1)[: NUM_OUT * num_in]
+    numbers = numbers[torch.randperm(NUM_OUT * num_in, device="cuda")].view(NUM_OUT, num_in)
+    return Codes(8, numbers, integers(8, group, False, num_in).scales, float8=True)
+
+
 LAYOUTS = {
     **{name: lambda name=name: blocks(name) for name in CODED},
     "int4 group 128": lambda: integers(4, 128, False),
@@ -51,6 +59,9 @@ LAYOUTS = {
     "int4 group 32": lambda: integers(4, 32, False),
     "int8 per channel": lambda: integers(8, 1024, False),
     "int8 of 192 columns": lambda: integers(8, 192, False, num_in=192),
+    "float8 per channel": lambda: float8(1024),
+    "float8 group 128": lambda: float8(128),
+    "float8 of 192 columns": lambda: float8(64, num_in=192),
     "nf4": lambda: Codes(4, integers(4, 64, False).codes, integers(4, 64, False).scales,
                          values=tuple((torch.linspace(-1, 1, 16) ** 3).tolist())),
 }
@@ -86,7 +97,7 @@ def test_codes(name: str, half: torch.dtype) -> None:
 def test_numbers(half: torch.dtype, num_out: int, num_in: int) -> None:
     torch.manual_seed(0)
     weight = torch.randn(num_out, num_in, device="cuda").to(half)
-    for num_rows in (1, 5, 8, 16, 40):
+    for num_rows in (1, 5, 8, 16, 40, 64):
         x = torch.randn(num_rows, num_in + 8, device="cuda").to(half)[:, :num_in]
         residual = torch.randn(num_rows, num_out, device="cuda").to(half)
         expected = x.double() @ weight.double().T + residual.double()
@@ -95,7 +106,7 @@ def test_numbers(half: torch.dtype, num_out: int, num_in: int) -> None:
 
 
 @pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("name", ["numbers", "int4 group 128", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("name", ["numbers", "int4 group 128", "Q4_K", "Q6_K", "float8 group 128"])
 def test_gates(gate: str, name: str) -> None:
     torch.manual_seed(0)
     half = torch.bfloat16
@@ -108,9 +119,17 @@ def test_gates(gate: str, name: str) -> None:
                                   if isinstance(value, Tensor)})
         weight, numbers = make_tiles(parts), parts.weights().double()
     act = torch.nn.functional.silu if gate == "silu" else partial(torch.nn.functional.gelu, approximate="tanh")
-    for num_rows in (1, 3, 16):
+    for num_rows in (1, 3, 16, 40):
         x = (torch.randn(num_rows, NUM_IN, device="cuda") * 0.05).to(half)
         out = torch.empty(num_rows, 48, device="cuda", dtype=half)
         few_rows.multiply(x, weight, out, gate=gate)
         left, right = (x.double() @ numbers.T).chunk(2, dim=1)
         close(out, act(left) * right, half)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_every_float8_is_opened_exactly(half: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda")
+    codes = codes[codes & 127 != 127].repeat(16, 32)[:, :4096]
+    opened = few_rows.open_tiles(make_tiles(Codes(8, codes, torch.ones(16, 1, device="cuda"), float8=True)), half)
+    assert torch.equal(opened.float(), codes.view(torch.float8_e4m3fn).float())

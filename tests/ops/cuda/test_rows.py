@@ -64,6 +64,23 @@ def test_gated(
         close(kernel(strided(x, device)), op.reference(x), steps=3)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what is no number
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 37, 256, 20_000])
+def test_rows_as_int8(device: torch.device, dtype: torch.dtype, size: int) -> None:
+    x = random(4, size, dtype=dtype, scale=4)
+    x[1] = 0
+    x[3, size // 2] *= 100
+    there = strided(x, device)
+    assert rows.is_rows(there)
+    (numbers, scales), expected = rows.quantize_rows(there), ops.quantize_rows.reference(x)
+    assert torch.equal(numbers.cpu(), expected[0]) and torch.equal(scales.cpu(), expected[1])
+    for value in (torch.nan, torch.inf, -torch.inf):
+        there[2, size // 3] = value
+        finite = rows.quantize_rows(there)[1].isfinite()
+        assert finite.tolist() == [True, True, False, True]
+
+
 def test_softcap(device: torch.device) -> None:
     for size in (3, 1100):
         x = random(2, size, scale=40)

@@ -17,38 +17,8 @@ pytestmark = pytest.mark.filterwarnings(  # numpy's, in the interpreter
     "ignore:overflow encountered:RuntimeWarning", "ignore:invalid value encountered:RuntimeWarning",
 )
 
-CHOICES: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "plain": {"temperature": 1.0},
-    "cold": {"temperature": 0.3},
-    "hot": {"temperature": 7.0},
-    "extremely-hot": {"temperature": 1e30},
-    "extremely-cold": {"temperature": 1e-5},
-    "top_k": {"temperature": 1.0, "top_k": 20},
-    "top_k-1": {"temperature": 1.0, "top_k": 1},
-    "top_k-large": {"temperature": 5.0, "top_k": 800},
-    "top_k-all": {"temperature": 1.0, "top_k": 100_000},
-    "top_p": {"temperature": 1.0, "top_p": 0.9},
-    "top_p-flat": {"temperature": 20.0, "top_p": 0.95},
-    "top_p-tiny": {"temperature": 1.0, "top_p": 1e-320},
-    "top_p-nearly-1": {"temperature": 1.0, "top_p": 1 - 1e-12},
-    "min_p": {"temperature": 1.0, "min_p": 0.05},
-    "min_p-1": {"temperature": 1.0, "min_p": 1.0},
-    "top_k-top_p": {"temperature": 1.2, "top_k": 50, "top_p": 0.8},
-    "min_p-top_p": {"temperature": 1.2, "min_p": 0.01, "top_p": 0.8},
-    "min_p-top_k": {"temperature": 1.2, "min_p": 0.2, "top_k": 50},
-    "all-three": {"temperature": 1.5, "min_p": 0.02, "top_k": 90, "top_p": 0.95},
-}
 SEARCHED = ("top_k", "top_p", "min_p-top_k", "top_p-flat", "top_k-large", "top_p-nearly-1")
-CHANGES: list[dict[str, Any]] = [
-    {"repetition_penalty": 1.7},
-    {"frequency_penalty": 0.7},
-    {"presence_penalty": -1.3},
-    {"repetition_penalty": 0.6, "frequency_penalty": -0.4, "presence_penalty": 0.9},
-    {"bias": {3: 2.5, 0: -100.0, 5: 0.1}},
-    {"allowed_ids": [6, 1, 2, 5, 1]},
-    {"allowed_ids": range(2, 7), "bias": {3: 1.0}, "repetition_penalty": 1.2, "presence_penalty": 0.5},
-]
+Choices = dict[str, dict[str, Any]]
 
 
 def make_row(seed: int = 0, **fields: Any) -> SampleRow:
@@ -81,17 +51,17 @@ def check(
 
 
 @pytest.mark.parametrize("vocab", [1, 100, 4500])
-def test_choices(device: torch.device, vocab: int) -> None:
-    logits = random(1, vocab).expand(len(CHOICES), vocab).contiguous()
-    check(device, logits, [make_row(seed=seed, num_top=1, **f) for seed, f in enumerate(CHOICES.values())])
+def test_choices(device: torch.device, choices: Choices, vocab: int) -> None:
+    logits = random(1, vocab).expand(len(choices), vocab).contiguous()
+    check(device, logits, [make_row(seed=seed, num_top=1, **f) for seed, f in enumerate(choices.values())])
 
 
-def test_draws_of_many_seeds(device: torch.device) -> None:
+def test_draws_of_many_seeds(device: torch.device, choices: Choices) -> None:
     """Nearly all draws are the body's: only rounding at a border may part them, and never leaves the candidates."""
     num_seeds, num_equal, names = 200 if device.type == "cuda" else 8, 0, ("plain", "top_k", "top_p", "all-three")
     logits = random(1, 300, scale=2.0).expand(num_seeds, -1).contiguous()
     for name in names:
-        rows = [make_row(seed=seed, **CHOICES[name]) for seed in range(num_seeds)]
+        rows = [make_row(seed=seed, **choices[name]) for seed in range(num_seeds)]
         tokens, _ = sampling.sample_on_gpu(logits.to(device), rows, {})
         expected, _ = sample.reference(logits, rows, {})
         num_equal += sum(a == b for a, b in zip(tokens, expected, strict=True))
@@ -100,8 +70,8 @@ def test_draws_of_many_seeds(device: torch.device) -> None:
     assert num_equal >= 0.99 * num_seeds * len(names)
 
 
-def test_ties_go_to_the_lower_id(device: torch.device) -> None:
-    rows = [make_row(seed=i, num_top=10, **CHOICES[name]) for i, name in enumerate(("greedy", "hot", *SEARCHED[:4]))]
+def test_ties_go_to_the_lower_id(device: torch.device, choices: Choices) -> None:
+    rows = [make_row(seed=i, num_top=10, **choices[name]) for i, name in enumerate(("greedy", "hot", *SEARCHED[:4]))]
     zeros = torch.zeros(len(rows), 50)
     zeros[:, ::2] = -0.0
     for logits in (random(len(rows), 301).round(), torch.full((len(rows), 301), -2.5), zeros):
@@ -109,17 +79,20 @@ def test_ties_go_to_the_lower_id(device: torch.device) -> None:
 
 
 def test_whole_rows_are_searched_where_lists_do_not_hold_enough(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, choices: Choices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "LISTED", kernels.tl.constexpr(16))
-    for logits in (random(6, 1000).round(decimals=1), random(6, 300, scale=1e-3)):
-        check(device, logits, [make_row(seed=seed, **CHOICES[name]) for seed, name in enumerate(SEARCHED)])
+    many = [random(6, 40_000, scale=1e-3)]
+    if device.type == "cpu":  # the interpreter reads it at each launch, and is slow
+        monkeypatch.setattr(kernels, "LISTED", kernels.tl.constexpr(16))
+        many = [random(6, 1000).round(decimals=1), random(6, 300, scale=1e-3)]
+    for logits in many:
+        check(device, logits, [make_row(seed=seed, **choices[name]) for seed, name in enumerate(SEARCHED)])
 
 
 @pytest.mark.parametrize("choice", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
-def test_changes(device: torch.device, choice: dict[str, Any]) -> None:
+def test_changes(device: torch.device, changes: Choices, choice: dict[str, Any]) -> None:
     for vocab in (7, 1031):
-        check(device, random(len(CHANGES), vocab), [make_row(i, **f, **choice) for i, f in enumerate(CHANGES)])
+        check(device, random(len(changes), vocab), [make_row(i, **f, **choice) for i, f in enumerate(changes.values())])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -133,11 +106,11 @@ def test_not_finite(device: torch.device, bad: float) -> None:
         assert check(device, logits, [make_row() for _ in range(4)])[2] == NOT_FINITE
 
 
-def test_large_finite_logits(device: torch.device) -> None:
+def test_large_finite_logits(device: torch.device, choices: Choices) -> None:
     """The largest float is finite, and neither sums nor differences spoil it."""
     names = ("greedy", "plain", "extremely-hot", "extremely-cold", "top_k", "min_p-top_p")
     logits = torch.tensor([[3.4e38, -3.4e38, 3.4e38, 1.0]]).repeat(len(names), 25)
-    assert min(check(device, logits, [make_row(**CHOICES[name]) for name in names])) >= 0
+    assert min(check(device, logits, [make_row(**choices[name]) for name in names])) >= 0
 
 
 def test_constraints(device: torch.device) -> None:
@@ -194,9 +167,9 @@ def test_history_follows_the_request(device: torch.device) -> None:
             tokens[-1] = 39
 
 
-def test_rows_do_not_depend_on_their_company(device: torch.device) -> None:
+def test_rows_do_not_depend_on_their_company(device: torch.device, choices: Choices) -> None:
     logits = random(5, 900).to(device)
-    rows = [make_row(seed=i, **CHOICES[name]) for i, name in enumerate(("greedy", "hot", *SEARCHED[:3]))]
+    rows = [make_row(seed=i, **choices[name]) for i, name in enumerate(("greedy", "hot", *SEARCHED[:3]))]
     together, _ = sampling.sample_on_gpu(logits, rows, {})
     assert together == [sampling.sample_on_gpu(logits[i : i + 1], [row], {})[0][0] for i, row in enumerate(rows)]
 
@@ -216,3 +189,62 @@ def test_pending(device: torch.device) -> None:
     assert pending.token_ids_on_device.dtype == torch.int64
     assert pending.fetch()[0] == pending.token_ids_on_device.tolist() == logits.argmax(dim=-1).tolist()
     assert sampling.sample_on_gpu(logits[:0], [], {}) == ([], {})
+
+
+# --- notes on tokens ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many notes go to the device with each batch."""
+    counts: list[int] = []
+    upload = sampling._upload
+
+    def spy(arrays: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+        counts.append(len(arrays.get("notes", ())))
+        return upload(arrays, device)
+
+    monkeypatch.setattr(sampling, "_upload", spy)
+    return counts
+
+
+def test_each_token_is_noted_once(device: torch.device, noted: list[int]) -> None:
+    tokens = [1, 2, 3]
+    row = SampleRow(token_ids=tokens, num_prompt=3, frequency_penalty=0.8, allowed_ids=range(35))
+    for step in range(5):
+        tokens.append(check(device, random(1, 40, seed=step), [row])[0])
+    assert noted == [3 + 35, 1, 1, 1, 1]
+
+
+def test_what_is_allowed_is_noted_once_although_tokens_are_not_known_yet(
+    device: torch.device, noted: list[int]
+) -> None:
+    """While a step runs, a token that it samples has a zero in its place in the next one."""
+    tokens = [1, 2, 3]
+    row = SampleRow(token_ids=tokens, num_prompt=3, seed=4, temperature=0.7, allowed_ids=range(35))
+    for step in range(5):
+        if step:
+            tokens.append(0)
+        token_id = check(device, random(1, 40, seed=step), [row])[0]
+        tokens[3:] = [7] * step
+        assert token_id < 35
+    assert noted == [35, 0, 0, 0, 0]
+
+
+def test_a_batch_that_failed_is_noted_again(
+    device: torch.device, noted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether memory runs out before the notes are written or after."""
+    tokens = [1, 2, 3]
+    row = SampleRow(token_ids=tokens, num_prompt=3, frequency_penalty=0.8, repetition_penalty=1.3, temperature=0.7)
+
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for step, name in enumerate(("_adjust", "_draw", "_draw", "_adjust")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling, name, fail)
+            with pytest.raises(torch.OutOfMemoryError):
+                sampling.start_sample(random(1, 8, seed=step).to(device), [row], {})
+        tokens.append(check(device, random(1, 8, seed=step), [row])[0])
+    assert noted == [3, 3, 1, 4, 1, 5, 1, 6]

@@ -1,0 +1,317 @@
+// What the kernels over weights in tiles share: their arguments, and how a lane reads codes and scales (quant/tiled.py).
+//
+// w is numbers [N, K], or packed codes: unsigned integers u of BITS bits, for each group of columns with a scale d and a
+// minimum m or a fixed zero:  w = d u - m,  w = d (u - ZERO),  or with LOOKUP  w = d value[u]. With FLOAT8 codes of 8 bits
+// are float8_e4m3fn. With INT8 x and w are int8 numbers, two where one of 16 bits would lie (K counts these), each row of
+// either has a scale, and sums are exact.
+//
+// Defined when compiled: HALF (1: float16, 0: bfloat16), NUMBERS or BITS, GROUP, SCALE (16, 32: floats; 8: multiples of a
+// float16 for each 256 columns), MIN, ZERO, LOOKUP, FLOAT8, INT8, OUT32; GATE (1: silu, 2: gelu by tanh): w is [gate | up], and
+// out[m, n] = gate(..) up.
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct Args {
+    void* out;            // [M, N], rows out_stride apart, of x's type or float32
+    const u16* x;         // [M, K], rows x_stride apart
+    const u8* codes;      // numbers, or [N / 16][K / 64][lane] codes
+    const u8* more;       // further bits of the codes, likewise
+    const u8* scales;     // [N / 16][K / GROUP][8 rows][row, row + 8][d (, m)]; with INT8 [N] floats
+    const u8* supers;     // [N / 16][K / 256][8 rows][row, row + 8][d (, m)] float16
+    const float* values;  // [16], with LOOKUP
+    const u16* bias;      // [N] of x's type, or null
+    float* partial;       // [N / (16 MT)][SPLIT][16 MT][8 NT]
+    u32* arrived;         // [N / (16 MT)] zeros, zeros again when done
+    const long long* ids;  // [M] rows to open; or null: all
+    const u8* next;        // of what is read after this, on its way when this is done
+    int M, N, K, out_stride, x_stride, accumulate;
+    u32 next_bytes;        // for each block: a multiple of 16
+    float factor;            // of opened weights
+    const float* x_scales;  // [M], with INT8
+};
+
+#if HALF
+#define MMA_TYPE "f16"
+#else
+#define MMA_TYPE "bf16"
+#endif
+
+#if INT8
+typedef int Sum;
+#define SUM "+r"
+#define MMA "m16n8k32.row.col.s32.s8.s8.s32"
+#else
+typedef float Sum;
+#define SUM "+f"
+#define MMA "m16n8k16.row.col.f32." MMA_TYPE "." MMA_TYPE ".f32"
+#endif
+
+__device__ __forceinline__ void mma(Sum (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm volatile("mma.sync.aligned." MMA " {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : SUM(c[0]), SUM(c[1]), SUM(c[2]), SUM(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The same, of which the sums begin with `from`, of each column of x.
+__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], float2 from) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPE "." MMA_TYPE ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"
+                 "{%10,%11,%10,%11};"
+                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(from.x), "f"(from.y));
+}
+
+__device__ __forceinline__ float half_to_float(u16 h) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+}
+__device__ __forceinline__ float to_float(u16 h) {
+#if HALF
+    return half_to_float(h);
+#else
+    return __uint_as_float(u32(h) << 16);
+#endif
+}
+// Two floats as a pair of x's type.
+__device__ __forceinline__ u32 to_pair(float low, float high) {
+    u32 r;
+#if HALF
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#endif
+    return r;
+}
+// Pairs of small integers: u | MAGIC is the number BASE + u. What is too much is taken from the sums, as a multiple of
+// the sum of x.
+#if HALF
+#define MAGIC 0x64006400u
+#define BASE 1024
+#else
+#define MAGIC 0x43004300u
+#define BASE 128
+#endif
+// (a & mask) | more in one instruction, where the compiler makes two.
+template <u32 mask>
+__device__ __forceinline__ u32 and_or(u32 a, u32 more) {
+    u32 r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "n"(mask), "r"(more));
+    return r;
+}
+#define OFFSET (BITS == 8 || LOOKUP ? 0 : BASE + ZERO)
+#define NEEDS_SUM (MIN || OFFSET)
+
+__device__ __forceinline__ uint4 load_once(const u8* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+__device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Which column of 64 the first of four is that mma s takes from lane 4 g + t.
+#define FOUR_COLUMNS(s, t) (GROUP == 16 ? 16 * (s) + 4 * (t) : 32 * ((s) / 2) + 8 * (t) + 4 * ((s) % 2))
+#define GROUPS (GROUP >= 64 ? 1 : 64 / GROUP)  // in 64 columns
+#define PER_GROUP (1 + MIN)                    // scale, or scale and minimum
+
+// What a lane needs of 16 rows x 64 columns.
+struct Piece {
+#if NUMBERS
+    uint4 numbers[2][2];  // [row g, row g + 8][columns 8 t .. , 32 + 8 t ..]
+#else
+#if BITS >= 4
+    uint4 codes[BITS == 8 ? 2 : 1];
+#endif
+#if BITS == 2 || BITS == 3 || BITS == 6
+    uint2 two;  // two bits of each code
+#endif
+#if BITS == 3 || BITS == 5
+    u32 one;
+#endif
+#if SCALE == 16
+    alignas(16) u16 scales[2 * GROUPS * PER_GROUP];
+#elif SCALE == 32
+    alignas(16) float scales[2 * GROUPS * PER_GROUP];
+#else
+    alignas(16) u8 scales[2 * GROUPS * PER_GROUP];
+    alignas(16) u16 supers[2 * PER_GROUP];
+#endif
+#endif
+};
+
+constexpr int PIECE_BYTES =
+    NUMBERS ? 64
+            : (BITS == 8 ? 32 : BITS >= 4 ? 16 : 0) + (BITS == 2 || BITS == 3 || BITS == 6 ? 8 : 0) +
+                  (BITS == 3 || BITS == 5 ? 4 : 0) + 2 * GROUPS * PER_GROUP * (SCALE / 8) + (SCALE == 8 ? 4 * PER_GROUP : 0);
+
+// Name to take(part, address) each part of a piece and where it lies.
+template <class Take>
+__device__ __forceinline__ void each_part(Piece& p, const Args& a, int tile, int block, int lane, Take take) {
+    const int g = lane / 4, t = lane % 4;
+    (void)t;
+#if NUMBERS
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int n = min(16 * tile + g + 8 * r, a.N - 1);
+        const u8* row = a.codes + 2 * (u64(n) * a.K + 64 * block + 8 * t);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) take(p.numbers[r][h], row + 64 * h);
+    }
+#else
+    const u64 at = (u64(tile) * (a.K / 64) + block) * 32 + lane;
+#if BITS >= 4
+    take(p.codes, a.codes + at * sizeof(p.codes));
+#endif
+#if BITS == 2 || BITS == 3 || BITS == 6
+    take(p.two, (BITS >= 4 ? a.more : a.codes) + at * 8);
+#endif
+#if BITS == 3 || BITS == 5
+    take(p.one, a.more + at * 4);
+#endif
+    const u64 group = GROUP >= 64 ? (u64(tile) * ((a.K + GROUP - 1) / GROUP) + 64 * block / GROUP)
+                                  : u64(tile) * (a.K / 64) + block;
+    take(p.scales, a.scales + (group * 8 + g) * sizeof(p.scales));
+#if SCALE == 8
+    take(p.supers, a.supers + ((u64(tile) * (a.K / 256) + block / 4) * 8 + g) * sizeof(p.supers));
+#endif
+#endif
+}
+
+template <int bytes>
+__device__ __forceinline__ void copy(void* to, const u8* from) {
+    if constexpr (bytes % 16 == 0)
+        for (int i = 0; i < bytes / 16; ++i) ((uint4*)to)[i] = load_once(from + 16 * i);
+    else if constexpr (bytes % 8 == 0)
+        for (int i = 0; i < bytes / 8; ++i) ((uint2*)to)[i] = __ldg((const uint2*)from + i);
+    else
+        for (int i = 0; i < bytes / 4; ++i) ((u32*)to)[i] = __ldg((const u32*)from + i);
+}
+
+__device__ __forceinline__ void load(Piece& p, const Args& a, int tile, int block, int lane) {
+    each_part(p, a, tile, block, lane, [](auto& part, const u8* from) { copy<sizeof(part)>(&part, from); });
+}
+
+#if !NUMBERS
+// Pair j of mma s, of which OFFSET is to be taken: codes of row g (j even) or g + 8, columns 0, 1 (j < 2) or 2, 3 of the four.
+__device__ __forceinline__ u32 code_pair(const Piece& p, int s, int j) {
+    u32 u = 0;
+#if BITS == 8
+    const u32 w = word(p.codes[s / 2], 2 * (s % 2) + j / 2);  // two pairs of bytes
+#if FLOAT8
+    // The sign is spread over a half, exponent and mantissa go where x's type has their lowest bits; then the exponent,
+    // which is too small by 8 or 120, is put right: exact, subnormal numbers too.
+    const u32 zero = 0x80008000u, power = HALF ? 0x5C005C00u : 0x7B807B80u;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(u) : "r"(w), "r"(j % 2 ? 0xB3A2u : 0x9180u));
+    u = HALF ? u << 7 & 0xBF80BF80u : u << 4 & 0x87F087F0u;
+    asm("fma.rn." MMA_TYPE "x2 %0, %0, %1, %2;" : "+r"(u) : "r"(power), "r"(zero));
+    return u;
+#else
+    const float low = __uint_as_float(__byte_perm(w, 0x4B000000u, j % 2 ? 0x7442 : 0x7440)) - 8388608.0f - ZERO;
+    const float high = __uint_as_float(__byte_perm(w, 0x4B000000u, j % 2 ? 0x7443 : 0x7441)) - 8388608.0f - ZERO;
+    return to_pair(low, high);
+#endif
+#else
+    u = MAGIC;
+#if BITS >= 4
+    u = and_or<0x000F000Fu>(word(p.codes[0], s) >> (4 * j), u);
+#endif
+#if BITS == 2 || BITS == 3
+    u = and_or<0x00030003u>((s < 2 ? p.two.x : p.two.y) >> (2 * (4 * (s % 2) + j)), u);
+#endif
+#if BITS == 6
+    const u32 two = s < 2 ? p.two.x : p.two.y, at = 2 * (4 * (s % 2) + j);
+    u = and_or<0x00300030u>(at >= 4 ? two >> (at - 4) : two << (4 - at), u);
+#endif
+#if BITS == 3 || BITS == 5
+    const int at = 4 * s + j, to = BITS - 1;
+    u = and_or<0x00010001u << (BITS - 1)>(at >= to ? p.one >> (at - to) : p.one << (to - at), u);
+#endif
+    return u;  // the number BASE + u
+#endif
+}
+
+// A scale (which = 0) or minimum, times a factor.
+__device__ __forceinline__ float scale_of(const Piece& p, int r, int group, int which, float factor = 1.0f) {
+    const int i = (r * GROUPS + group) * PER_GROUP + which;
+#if SCALE == 16
+    return factor * half_to_float(p.scales[i]);
+#elif SCALE == 32
+    return factor * p.scales[i];
+#else
+    const float super = factor * half_to_float(p.supers[r * PER_GROUP + which]);
+    const u32 u = MIN ? p.scales[i] : p.scales[i] ^ 128;  // as a float without a conversion: 2^23 + u
+    return super * (__uint_as_float(0x4B000000u | u) - (MIN ? 8388608.0f : 8388736.0f));
+#endif
+}
+#endif
+
+// What mma s multiplies with: of codes, the numbers BASE + u.
+__device__ __forceinline__ void operand(u32 (&a)[4], const Piece& w, int s, const u32* table) {
+#if NUMBERS
+    const uint4 &top = w.numbers[0][s / 2], &low = w.numbers[1][s / 2];
+    const int at = 2 * (s % 2);
+    a[0] = word(top, at), a[1] = word(low, at), a[2] = word(top, at + 1), a[3] = word(low, at + 1);
+#else
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#if LOOKUP
+        const u32 u = (word(w.codes[0], s) >> (4 * j)) & 0x000F000Fu;
+        a[j] = __byte_perm(table[u & 15], table[u >> 16], 0x5410);
+#else
+        a[j] = code_pair(w, s, j);
+#endif
+    }
+#endif
+}
+
+__device__ __forceinline__ void store(const Args& a, int m, int n, Sum sum) {
+    if (m >= a.M || n >= a.N) return;
+#if INT8
+    float y = __fmul_rn(__fmul_rn(float(sum), a.x_scales[m]), ((const float*)a.scales)[n]);  // the same in int8.py
+#else
+    float y = sum;
+#endif
+    if (a.bias) y += to_float(a.bias[n]);
+    const u64 at = u64(m) * a.out_stride + n;
+#if OUT32
+    ((float*)a.out)[at] = a.accumulate ? ((float*)a.out)[at] + y : y;
+#else
+    u16* out = (u16*)a.out + at;
+    *out = u16(to_pair(a.accumulate ? to_float(*out) + y : y, 0.0f));
+#endif
+}
+
+#if GATE
+// gate(..) up, from sums of which the bias is missing.
+__device__ __forceinline__ void store_gated(const Args& a, int m, int n, float gate, float up) {
+    if (m >= a.M || n >= a.N / 2) return;
+    if (a.bias) gate += to_float(a.bias[n]), up += to_float(a.bias[a.N / 2 + n]);
+    gate = to_float(u16(to_pair(gate, 0.0f))), up = to_float(u16(to_pair(up, 0.0f)));  // as if they had been written
+    const float turn = GATE == 2 ? 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate) : gate;
+    ((u16*)a.out)[u64(m) * a.out_stride + n] = u16(to_pair(gate / (1.0f + __expf(-turn)) * up, 0.0f));
+}
+#endif
+
+// From compute capability 9.0 on a kernel may be brought up while the one before it still runs.
+__device__ __forceinline__ void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Ask for this block's share of what is read next: kernels between two products leave the memory idle.
+__device__ __forceinline__ void prefetch_next(const Args& a) {
+#if __CUDA_ARCH__ >= 900
+    if (a.next_bytes && threadIdx.x == 0) {
+        const u8* begin = a.next + u64(blockIdx.y * gridDim.x + blockIdx.x) * a.next_bytes;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(begin), "r"(a.next_bytes) : "memory");
+    }
+#endif
+}
