@@ -1,44 +1,58 @@
-"""Times pelton on a GPU with random weights: the four measurements of vLLM's side, and the time to the first token.
+"""Times an engine with vLLM's Python interface on a GPU, with random weights; prints a line of JSON for each part.
 
-    python benchmarks/gpu_engine.py CONFIG_DIR [--parts abdc] [--options JSON]
+    python benchmarks/gpu_engine.py CONFIG_DIR [--engine vllm] [--parts abdc] [--options JSON]
 
 a: one request, 128 tokens in, 256 out, ms a step   b: one prompt of 8,192, tokens/s
 d: 32 requests, 128 in, 256 out, ms a step          c: 256 requests, 512 in, 256 out, tokens/s
-CONFIG_DIR holds a config.json. Prints a line of JSON for each part.
+CONFIG_DIR holds a config.json. Before these: seconds to import, to load, and to the first token.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
 import random
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+VLLM_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}  # fmt: skip
+OPTIONS = {  # of LLM; vLLM's step is as large as it makes it on an H200 itself
+    "pelton": {"max_num_batched_tokens": 8192},
+    "vllm": {"max_num_batched_tokens": 16384, "skip_tokenizer_init": True},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
+    parser.add_argument("--engine", choices=tuple(OPTIONS), default="pelton")
     parser.add_argument("--parts", default="abdc")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="arguments of LLM")
     args = parser.parse_args()
 
+    if args.engine == "vllm":
+        os.environ.update({name: value for name, value in VLLM_ENVIRONMENT.items() if name not in os.environ})
     start = time.perf_counter()
-    from pelton import LLM, SamplingParams
-
-    folder = with_tokenizer(args.config)
+    engine = importlib.import_module(args.engine)
+    folder = args.config if args.engine == "vllm" else with_tokenizer(args.config)
     options = {
         "load_format": "dummy", "dtype": "bfloat16", "max_model_len": 8320, "max_num_seqs": 256,
-        "max_num_batched_tokens": 8192, "enable_prefix_caching": False, **args.options,
+        "enable_prefix_caching": False, **OPTIONS[args.engine], **args.options,
     }
     imported = time.perf_counter()
-    llm = LLM(model=str(folder), **options)
+    llm = engine.LLM(model=str(folder), **options)
     loaded = time.perf_counter()
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     rng = random.Random(0)
@@ -46,7 +60,7 @@ def main() -> None:
     def seconds(num: int, num_prompt: int, num_new: int) -> float:
         prompts = [{"prompt_token_ids": [rng.randrange(100, vocab_size - 100) for _ in range(num_prompt)]}
                    for _ in range(num)]
-        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=num_new, detokenize=False)
+        params = engine.SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=num_new, detokenize=False)
         begin = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         took = time.perf_counter() - begin
@@ -91,3 +105,5 @@ def with_tokenizer(config: Path) -> Path:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # vLLM's threads would keep the process

@@ -1,7 +1,8 @@
 """Weights on a GPU in the order that its kernel for few rows reads them, at file precision.
 
 Tiles of 16 rows and 64 columns. Lane 4 g + t of a warp has rows g and g + 8, and four columns for each of the tile's
-four matrix products: all codes of a lane lie together, pairs of columns in the halves of 32-bit words.
+four matrix products: all codes of a lane lie together, pairs of columns in the halves of 32-bit words, or in a byte
+where codes are looked up.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def make_tiles(parts: Codes) -> Tiles:
     if (group not in (16, 32) and group % COLUMNS) or (num_groups > 1 and num_in % num_groups):
         raise ValueError(f"groups of {group} columns do not fit into tiles")
     step = max(ROWS, CHUNK // num_in // ROWS * ROWS)
-    packed = [_pack_codes(parts.codes[i : i + step], parts.bits, group == 16) for i in range(0, num_out, step)]
+    pack = _pack_pairs if parts.values is not None else _pack_codes
+    packed = [pack(parts.codes[i : i + step], parts.bits, group == 16) for i in range(0, num_out, step)]
     codes, more = (torch.cat(planes) for planes in zip(*packed, strict=True))
     scale_bits, numbers = _scales(parts)
     return Tiles(
@@ -78,17 +80,28 @@ def _places(group_of_16: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     return g + 8 * (j % 2), first + 2 * (j // 2) + e
 
 
-def _pack_codes(codes: Tensor, bits: int, group_of_16: bool) -> tuple[Tensor, Tensor]:
-    """The lower and the higher bits of codes [n, K], each as bytes."""
+def _by_product(codes: Tensor, group_of_16: bool) -> Tensor:
+    """Codes [n, K] as they are multiplied: [N / 16, K / 64, 32 lanes, 4 products, 4 pairs, 2]."""
     padded = _pad(_pad(codes, 0, ROWS), 1, COLUMNS)
     tiles = padded.view(-1, ROWS, padded.shape[1] // COLUMNS, COLUMNS).transpose(1, 2)
     rows, columns = _places(group_of_16, codes.device)
-    u = tiles[:, :, rows, columns]  # [N / 16, K / 64, 32, 4, 4, 2]
+    return tiles[:, :, rows, columns]
+
+
+def _pack_codes(codes: Tensor, bits: int, group_of_16: bool) -> tuple[Tensor, Tensor]:
+    """The lower and the higher bits of codes [n, K], each as bytes."""
+    u = _by_product(codes, group_of_16)
     if bits == 8:
         return u.contiguous().view(-1), u.new_empty(0)  # j % 2 is the pair of bytes within a word
     planes = {4: (u & 15, None), 5: (u & 15, u >> 4), 6: (u & 15, u >> 4), 2: (u, None), 3: (u & 3, u >> 2)}
     low, high = planes[bits]
     return _words(low, 4 if bits >= 4 else 2), u.new_empty(0) if high is None else _words(high, 2 if bits == 6 else 1)
+
+
+def _pack_pairs(codes: Tensor, bits: int, group_of_16: bool) -> tuple[Tensor, Tensor]:
+    """Codes [n, K] of 4 bits that are looked up: a pair in each byte."""
+    u = _by_product(codes, group_of_16)
+    return (u[..., 0] | u[..., 1] << 4).contiguous().view(-1), u.new_empty(0)
 
 
 def _words(u: Tensor, bits: int) -> Tensor:

@@ -37,6 +37,9 @@ def read(tiles: Tiles) -> Tensor:
                 if width == 8:
                     u = plane[lane * 32 + 8 * s + 4 * (j // 2) + 2 * (j % 2) + e]
                     break
+                if tiles.values.numel():
+                    u = plane[lane * 16 + 4 * s + j] >> (4 * e) & 15
+                    break
                 per_word = 16 // width
                 index, field = divmod(4 * s + j, per_word)
                 at = 4 * (lane * (16 // per_word) + index)

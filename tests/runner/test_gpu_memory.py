@@ -25,6 +25,7 @@ from pelton.types import SamplingParams
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 VOCAB_SIZE = 512
+MOST_KEPT = 8192  # bytes on the GPU: the samples of the newest step
 MOST_GROWTH = 64 << 20  # bytes of host memory, over all requests
 
 
@@ -98,7 +99,7 @@ def test_nothing_is_left_of_requests(tmp_path: Path, kind: str, num_requests: in
     after = memory_now()
     assert ends.keys() == {"length", "abort"} and ends.total() == num_requests
     assert 0.1 * num_requests < ends["abort"] < 0.35 * num_requests
-    assert after[0] == before[0]
+    assert abs(after[0] - before[0]) < MOST_KEPT
     assert after[1] - before[1] < MOST_GROWTH
     assert core.scheduler.stats().kv_usage == 0.0 and not core.runner.requests.states
     core.scheduler.check()

@@ -6,6 +6,7 @@
 //
 // K is a multiple of 64, and rows of x begin at multiples of 16 bytes. Defined when compiled, beside what tiles.cuh names:
 // NT, MT, WARPS, SPLIT, AHEAD.
+#define COPIES 32
 #include "tiles.cuh"
 
 // The columns of x for one piece, as mma wants them. `row`: x of the lane's row g, from column 64 block on.
@@ -105,20 +106,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
     const auto tile_of = [&](int i) { return min(first_tile + i, num_tiles - 1); };
 #endif
     const int step = WARPS * SPLIT, begin = blockIdx.y * WARPS + warp;
-    __shared__ u32 table[16];
-#if LOOKUP
-    if (threadIdx.x < 16) table[threadIdx.x] = to_pair(a.values[threadIdx.x], 0.0f);
-    __syncthreads();
-#endif
+    Place places[MT];
+#pragma unroll
+    for (int i = 0; i < MT; ++i) places[i] = place_of(a, tile_of(i), lane);
     Piece pieces[AHEAD][MT];  // on their way while one is multiplied
     Columns columns_of[AHEAD];
     const auto fetch = [&](int slot, int block) {
 #pragma unroll
-        for (int i = 0; i < MT; ++i) load(pieces[slot][i], a, tile_of(i), block, lane);
+        for (int i = 0; i < MT; ++i) load(pieces[slot][i], places[i], block);
     };
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
         if (begin + i * step < num_blocks) fetch(i, begin + i * step);
+    alignas(16) __shared__ u32 table[TABLE_SIZE];
+#if LOOKUP
+    fill_table(table, a);
+    __syncthreads();
+#endif
     wait_for_inputs();  // weights never change; x is there from here on
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)

@@ -16,6 +16,7 @@ from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
 MAX_ROWS = 64
 MAX_INT8_ROWS = 16
+TABLE_BYTES = 10 << 10  # of a block's shared memory: what is not counted, and values that codes stand for
 MAX_SHARING = 4  # blocks for each multiprocessor, of those that share columns with others
 PREFETCHED = 8 << 20  # bytes of the next weight, as many as memory gives in a pause
 GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
@@ -95,9 +96,10 @@ def multiply(
     """out = x W^T (+ bias), or added to out. x [M, K]; weight: W [N, K] in x's dtype, or tiles; out [M, N] in x's dtype
     or float32; bias in x's dtype. With a gate ("silu", "gelu_tanh") W is [gate | up]: out [M, N / 2] = gate(..) up.
     `then`: the weight that is multiplied after this one. Its first bytes are brought into the cache meanwhile."""
-    given = x.shape[0], *weight.shape, bool(gate)
+    num_rows, (num_out, num_in) = x.shape[0], weight.shape
+    given = num_rows, num_out, num_in, bool(gate)
     cut: _Few | _More
-    if x.shape[0] <= 8:
+    if _is_few(num_rows, num_out, num_in, num_processors(x.device)):
         cut = _cut(*given, isinstance(weight, Tensor), num_processors(x.device))
     else:
         cut = _cut_more(*given, _piece_bytes(weight), num_processors(x.device), shared_memory(x.device))
@@ -163,6 +165,11 @@ def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, fact
     return out
 
 
+def _is_few(num_rows: int, num_out: int, num_in: int, processors: int) -> bool:
+    """Whether few_rows.cu is faster: to join sums through memory takes longer than a small weight."""
+    return num_rows <= 8 or (num_out <= 4 * ROWS * processors and num_in < 8192)
+
+
 @cache
 def _cut(num_rows: int, num_out: int, num_in: int, is_gated: bool, is_dense: bool, processors: int) -> _Few:
     """Enough warps to keep the memory busy: measured on an H200."""
@@ -171,8 +178,11 @@ def _cut(num_rows: int, num_out: int, num_in: int, is_gated: bool, is_dense: boo
     few, wide = tiles <= 2 * processors, tiles > 4 * processors
     if is_dense:
         return _Few(nt, 2 if is_gated else 1, 8, 1, 4 if few else 2)
-    mt, warps = (2, 16) if few else (2, 4) if wide else (1, 8)
-    return _Few(nt, 2 if is_gated else mt, warps, 1, 3)
+    if nt <= 2:
+        mt, warps = (2, 16) if few else (2, 4) if wide else (1, 8)
+    else:
+        mt, warps = (2, 8 if few else 4) if nt == 4 else (1, 8)
+    return _Few(nt, 2 if is_gated else mt, warps, 1, 3 if nt <= 4 else 2)
 
 
 @cache
@@ -195,8 +205,8 @@ def _cut_more(
     ]
     warps, split = min(cuts, key=cost)
     stage_bytes = _More(nt, mt, warps, split, 1, 1).shared_bytes(piece_bytes)
-    blocks = 2 if nt * mt <= 8 and shared_memory // 2 - 1024 >= 3 * stage_bytes else 1
-    stages = max(2, min(4, (shared_memory // blocks - 1024) // stage_bytes))
+    blocks = 2 if nt * mt <= 8 and shared_memory // 2 - TABLE_BYTES >= 3 * stage_bytes else 1
+    stages = max(2, min(4, (shared_memory // blocks - TABLE_BYTES) // stage_bytes))
     return _More(nt, mt, warps, split, stages, blocks)
 
 

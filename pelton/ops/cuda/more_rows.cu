@@ -5,6 +5,7 @@
 // at a time lie in shared memory, and more are on their way. SPLIT blocks share the columns; their sums are added up in
 // a fixed order. Defined when compiled, beside what tiles.cuh names: NT, MT, WARPS, SPLIT, STAGES, BLOCKS (of a
 // multiprocessor).
+#define COPIES 8
 #include "tiles.cuh"
 
 #define CHUNK 128            // columns
@@ -36,27 +37,41 @@ __device__ __forceinline__ void wait_for_fetch() {
 }
 constexpr int unit_of(int bytes) { return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : 4; }
 
-__device__ __forceinline__ void fetch_x(Stage& stage, const Args& a, int chunk) {
-    for (int e = threadIdx.x; e < ROWS * (CHUNK / 8); e += 32 * WARPS) {
-        const int m = e / (CHUNK / 8), column = 8 * (e % (CHUNK / 8)), k = CHUNK * chunk + column;
-        const bool inside = m < a.M && k < a.K;
-        fetch<16>(shared_address(&stage.x[m * STRIDE + column]), (const u8*)(inside ? a.x + u64(m) * a.x_stride + k : a.x),
-                  inside);
-    }
+// What a thread brings of each chunk of x: 16 bytes of some rows.
+struct Courier {
+    const u16* from;  // of the first row
+    u32 to;           // within a stage
+    int row, column;
+};
+__device__ __forceinline__ Courier courier(const Args& a) {
+    const int row = threadIdx.x / (CHUNK / 8), column = 8 * (threadIdx.x % (CHUNK / 8));
+    return {a.x + u64(row) * a.x_stride + column, u32(2 * (row * STRIDE + column)), row, column};
+}
+__device__ __forceinline__ void fetch_x(const Stage& stage, const Args& a, const Courier& own, int chunk) {
+    constexpr int step = 32 * WARPS / (CHUNK / 8);  // rows
+    const u32 to = shared_address(stage.x) + own.to;
+    const bool inside = CHUNK * chunk + own.column < a.K;
+#pragma unroll
+    for (int i = 0; i < (ROWS + step - 1) / step; ++i)
+        if (own.row + i * step < ROWS) {
+            const bool is_there = inside && own.row + i * step < a.M;
+            const u16* from = own.from + (is_there ? i * step * a.x_stride + CHUNK * chunk : 0);
+            fetch<16>(to + i * step * STRIDE * 2, (const u8*)from, is_there);
+        }
 }
 
-__device__ __forceinline__ void fetch_w(u8* to, const Args& a, int tile, int block, int lane) {
+__device__ __forceinline__ void fetch_w(const u8* to, const Place& place, int block, int lane) {
     Piece p;
     u32 at = shared_address(to);
-    each_part(p, a, tile, block, lane, [&](auto& part, const u8* from) {
+    each_part(p, place, block, [&](auto& part, const u8* from) {
         constexpr int unit = unit_of(sizeof(part));
 #pragma unroll
         for (int i = 0; i < sizeof(part) / unit; ++i, at += 32 * unit) fetch<unit>(at + unit * lane, from + unit * i);
     });
 }
 
-__device__ __forceinline__ void read_w(Piece& p, const u8* from, const Args& a, int lane) {
-    each_part(p, a, 0, 0, lane, [&](auto& part, const u8*) {
+__device__ __forceinline__ void read_w(Piece& p, const u8* from, int lane) {
+    each_part(p, Place(), 0, [&](auto& part, const u8*) {
         constexpr int unit = unit_of(sizeof(part));
 #pragma unroll
         for (int i = 0; i < sizeof(part) / unit; ++i, from += 32 * unit) {
@@ -83,24 +98,29 @@ __device__ __forceinline__ u32 without_offset(u32 pair) {
 #endif
 }
 
-// The columns of x that a lane has of mma s and s + 1, of rows 8 n ..
-__device__ __forceinline__ void load_x(u32 (&x)[2][2], const u16* stage, int n, int s, int lane) {
-    const u16* row = stage + (8 * n + lane / 4) * STRIDE + 64 * (s / 4);
+// Where a lane's columns of a chunk's first row begin.
+__device__ __forceinline__ const u16* own_columns(const Stage& stage, int lane) {
+    return stage.x + lane / 4 * STRIDE + FOUR_COLUMNS(0, lane % 4);
+}
+// Those of mma s and s + 1, of rows 8 n ..
+__device__ __forceinline__ void load_x(u32 (&x)[2][2], const u16* own, int n, int s) {
+    const u16* from = own + 8 * n * STRIDE + 64 * (s / 4) + FOUR_COLUMNS(s % 4, 0);
 #if GROUP == 16
     for (int e = 0; e < 2; ++e) {
-        const uint2 v = *(const uint2*)(row + FOUR_COLUMNS(s % 4 + e, lane % 4));
+        const uint2 v = *(const uint2*)(from + FOUR_COLUMNS(e, 0));
         x[e][0] = v.x, x[e][1] = v.y;
     }
 #else
-    const uint4 v = *(const uint4*)(row + FOUR_COLUMNS(s % 4, lane % 4));
+    const uint4 v = *(const uint4*)from;
     x[0][0] = v.x, x[0][1] = v.y, x[1][0] = v.z, x[1][1] = v.w;
 #endif
 }
 
 // Multiply a chunk with the tiles of a warp.
 __device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const Stage& stage, const u8 (&own_w)[2][MT][32 * PIECE_BYTES],
-                                         const Args& a, const u32* table, int lane) {
+                                         const u32* table, int lane) {
     constexpr int per_group = STEPS / GROUPS_OF_CHUNK;
+    const u16* own_x = own_columns(stage, lane);
     Piece w[MT];
     float own[MT][NT][4], x_sums[NT][4];
     (void)own, (void)x_sums, (void)per_group;
@@ -108,10 +128,10 @@ __device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const Stage& 
     for (int s = 0; s < STEPS; s += 2) {
         u32 x[NT][2][2];
 #pragma unroll
-        for (int n = 0; n < NT; ++n) load_x(x[n], stage.x, n, s, lane);
+        for (int n = 0; n < NT; ++n) load_x(x[n], own_x, n, s);
         if (s % 4 == 0)
 #pragma unroll
-            for (int i = 0; i < MT; ++i) read_w(w[i], own_w[s / 4][i], a, lane);
+            for (int i = 0; i < MT; ++i) read_w(w[i], own_w[s / 4][i], lane);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int group = (s + e) / per_group;
@@ -190,16 +210,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) more_rows(const
 #endif
     extern __shared__ uint4 memory[];
     Stage* stages = (Stage*)memory;
-    __shared__ u32 table[16];
+    alignas(16) __shared__ u32 table[TABLE_SIZE];
 #if LOOKUP
-    if (threadIdx.x < 16) table[threadIdx.x] = to_pair(a.values[threadIdx.x], 0.0f);
+    fill_table(table, a);
 #endif
-    const auto fetch_own = [&](Stage& stage, int chunk) {
+    Place places[MT];
+#pragma unroll
+    for (int i = 0; i < MT; ++i) places[i] = place_of(a, tile_of(i), lane);
+    const Courier own_x = courier(a);
+    const auto fetch_own = [&](const Stage& stage, int chunk) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int i = 0; i < MT; ++i)  // where there is no second half x is zero
-                fetch_w(stage.w[warp][half][i], a, tile_of(i), min(2 * chunk + half, num_blocks - 1), lane);
+                fetch_w(stage.w[warp][half][i], places[i], min(2 * chunk + half, num_blocks - 1), lane);
     };
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i)
@@ -207,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) more_rows(const
     wait_for_inputs();  // weights never change; x is there from here on
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
-        if (begin + i < end) fetch_x(stages[i], a, begin + i);
+        if (begin + i < end) fetch_x(stages[i], a, own_x, begin + i);
         close_fetch();
     }
 
@@ -218,10 +242,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) more_rows(const
         __syncthreads();               // and nobody needs the one before any more
         if (chunk + STAGES - 1 < end) {
             fetch_own(stages[next], chunk + STAGES - 1);
-            fetch_x(stages[next], a, chunk + STAGES - 1);
+            fetch_x(stages[next], a, own_x, chunk + STAGES - 1);
         }
         close_fetch();
-        multiply(sums, stages[at], stages[at].w[warp], a, table, lane);
+        multiply(sums, stages[at], stages[at].w[warp], table, lane);
         at = at + 1 == STAGES ? 0 : at + 1, next = next + 1 == STAGES ? 0 : next + 1;
     }
 

@@ -1,3 +1,4 @@
+#define COPIES 1
 #include "tiles.cuh"
 
 // The weights themselves times a factor, in x's type: all rows, or those that are asked for, of which a warp then reads
@@ -9,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(256) open_codes(const __grid_consta
     const int tile = a.ids ? id / 16 : blockIdx.x;
     if (warp >= num_blocks) return;
     Piece p;
-    load(p, a, tile, warp, lane);
+    load(p, place_of(a, tile, lane), warp);
     for (int s = 0; s < 4; ++s)
         for (int r = 0; r < 2; ++r) {
             const int n = 16 * tile + g + 8 * r, k = 64 * warp + FOUR_COLUMNS(s, t), group = s / (4 / GROUPS);
@@ -19,8 +20,8 @@ extern "C" __global__ void __launch_bounds__(256) open_codes(const __grid_consta
             for (int half = 0; half < 2; ++half) {
                 const int j = r + 2 * half;
 #if LOOKUP
-                const u32 u = (word(p.codes[0], s) >> (4 * j)) & 0x000F000Fu;
-                float low = d * a.values[u & 15], high = d * a.values[u >> 16];
+                const u32 u = word(p.codes[0], s) >> (8 * j);
+                float low = d * a.values[u & 15], high = d * a.values[u >> 4 & 15];
 #else
                 const u32 q = code_pair(p, s, j);
                 float low = d * (to_float(u16(q)) - OFFSET), high = d * (to_float(u16(q >> 16)) - OFFSET);

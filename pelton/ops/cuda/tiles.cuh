@@ -141,40 +141,63 @@ struct Piece {
 #endif
 };
 
-constexpr int PIECE_BYTES =
-    NUMBERS ? 64
-            : (BITS == 8 ? 32 : BITS >= 4 ? 16 : 0) + (BITS == 2 || BITS == 3 || BITS == 6 ? 8 : 0) +
-                  (BITS == 3 || BITS == 5 ? 4 : 0) + 2 * GROUPS * PER_GROUP * (SCALE / 8) + (SCALE == 8 ? 4 * PER_GROUP : 0);
+// Bytes of a lane: of its codes' lower and higher bits, and of all that it needs.
+constexpr int LOW_BYTES = BITS == 8 ? 32 : BITS >= 4 ? 16 : 8, HIGH_BYTES = BITS == 6 ? 8 : BITS == 3 || BITS == 5 ? 4 : 0;
+constexpr int PIECE_BYTES = NUMBERS ? 64 : LOW_BYTES + HIGH_BYTES + 2 * GROUPS * PER_GROUP * (SCALE / 8) +
+                                               (SCALE == 8 ? 4 * PER_GROUP : 0);
+
+// Where what a lane needs of a tile begins.
+struct Place {
+#if NUMBERS
+    const u8* rows[2];  // g, g + 8
+#else
+    const u8 *codes, *more, *scales, *supers;
+#endif
+};
+
+__device__ __forceinline__ Place place_of(const Args& a, int tile, int lane) {
+    Place place;
+#if NUMBERS
+    for (int r = 0; r < 2; ++r) {
+        const int n = min(16 * tile + lane / 4 + 8 * r, a.N - 1);
+        place.rows[r] = a.codes + 2 * (u64(n) * a.K + 8 * (lane % 4));
+    }
+#else
+    const u64 first = u64(tile) * (a.K / 64) * 32 + lane;
+    const u64 group = u64(tile) * (GROUP >= 64 ? (a.K + GROUP - 1) / GROUP : a.K / 64);
+    place.codes = a.codes + first * LOW_BYTES;
+    place.more = a.more + first * HIGH_BYTES;
+    place.scales = a.scales + (group * 8 + lane / 4) * sizeof(Piece::scales);
+#if SCALE == 8
+    place.supers = a.supers + (u64(tile) * (a.K / 256) * 8 + lane / 4) * sizeof(Piece::supers);
+#endif
+#endif
+    return place;
+}
 
 // Name to take(part, address) each part of a piece and where it lies.
 template <class Take>
-__device__ __forceinline__ void each_part(Piece& p, const Args& a, int tile, int block, int lane, Take take) {
-    const int g = lane / 4, t = lane % 4;
-    (void)t;
+__device__ __forceinline__ void each_part(Piece& p, const Place& place, u32 block, Take take) {
 #if NUMBERS
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int n = min(16 * tile + g + 8 * r, a.N - 1);
-        const u8* row = a.codes + 2 * (u64(n) * a.K + 64 * block + 8 * t);
+    for (int r = 0; r < 2; ++r)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) take(p.numbers[r][h], row + 64 * h);
-    }
+        for (int h = 0; h < 2; ++h) take(p.numbers[r][h], place.rows[r] + block * 128ull + 64 * h);
 #else
-    const u64 at = (u64(tile) * (a.K / 64) + block) * 32 + lane;
+    const u8 *low = place.codes + u64(block) * (32 * LOW_BYTES), *high = place.more + u64(block) * (32 * HIGH_BYTES);
+    (void)high;
 #if BITS >= 4
-    take(p.codes, a.codes + at * sizeof(p.codes));
+    take(p.codes, low);
 #endif
 #if BITS == 2 || BITS == 3 || BITS == 6
-    take(p.two, (BITS >= 4 ? a.more : a.codes) + at * 8);
+    take(p.two, BITS == 6 ? high : low);
 #endif
 #if BITS == 3 || BITS == 5
-    take(p.one, a.more + at * 4);
+    take(p.one, high);
 #endif
-    const u64 group = GROUP >= 64 ? (u64(tile) * ((a.K + GROUP - 1) / GROUP) + 64 * block / GROUP)
-                                  : u64(tile) * (a.K / 64) + block;
-    take(p.scales, a.scales + (group * 8 + g) * sizeof(p.scales));
+    take(p.scales, place.scales + u64(GROUP >= 64 ? 64 * block / GROUP : block) * (8 * sizeof(p.scales)));
 #if SCALE == 8
-    take(p.supers, a.supers + ((u64(tile) * (a.K / 256) + block / 4) * 8 + g) * sizeof(p.supers));
+    take(p.supers, place.supers + u64(block / 4) * (8 * sizeof(p.supers)));
 #endif
 #endif
 }
@@ -189,8 +212,8 @@ __device__ __forceinline__ void copy(void* to, const u8* from) {
         for (int i = 0; i < bytes / 4; ++i) ((u32*)to)[i] = __ldg((const u32*)from + i);
 }
 
-__device__ __forceinline__ void load(Piece& p, const Args& a, int tile, int block, int lane) {
-    each_part(p, a, tile, block, lane, [](auto& part, const u8* from) { copy<sizeof(part)>(&part, from); });
+__device__ __forceinline__ void load(Piece& p, const Place& place, int block) {
+    each_part(p, place, block, [](auto& part, const u8* from) { copy<sizeof(part)>(&part, from); });
 }
 
 #if !NUMBERS
@@ -247,6 +270,21 @@ __device__ __forceinline__ float scale_of(const Piece& p, int r, int group, int 
 }
 #endif
 
+#if LOOKUP
+// The pairs of values for each byte, a pair of codes. There are COPIES of each, so that lanes read different banks.
+constexpr int SHIFT = COPIES == 32 ? 7 : COPIES == 8 ? 5 : 2;  // 1 << SHIFT: bytes from one byte's pair to the next
+#define TABLE_SIZE (256 * COPIES)
+__device__ __forceinline__ void fill_table(u32* table, const Args& a) {
+    for (int e = threadIdx.x; e < TABLE_SIZE / 4; e += blockDim.x) {
+        const int byte = 4 * e / COPIES;
+        const u32 pair = to_pair(a.values[byte & 15], a.values[byte >> 4]);
+        ((uint4*)table)[e] = make_uint4(pair, pair, pair, pair);
+    }
+}
+#else
+#define TABLE_SIZE 1
+#endif
+
 // What mma s multiplies with: of codes, the numbers BASE + u.
 __device__ __forceinline__ void operand(u32 (&a)[4], const Piece& w, int s, const u32* table) {
 #if NUMBERS
@@ -257,8 +295,9 @@ __device__ __forceinline__ void operand(u32 (&a)[4], const Piece& w, int s, cons
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
 #if LOOKUP
-        const u32 u = (word(w.codes[0], s) >> (4 * j)) & 0x000F000Fu;
-        a[j] = __byte_perm(table[u & 15], table[u >> 16], 0x5410);
+        const u32 u = word(w.codes[0], s), at = 4 * COPIES;
+        const u32 byte = (8 * j >= SHIFT ? u >> (8 * j - SHIFT) : u << (SHIFT - 8 * j)) & (255 * at);
+        a[j] = *(const u32*)((const u8*)table + (byte | (threadIdx.x % COPIES * 4)));
 #else
         a[j] = code_pair(w, s, j);
 #endif
