@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -19,7 +21,7 @@ from pelton.config import (
     loaded_bytes,
     resolve,
 )
-from pelton.engine.core import EngineCore
+from pelton.engine.core import EngineCore, Runner
 from pelton.engine.host import Engine
 from pelton.engine.messages import EngineInfo
 from pelton.engine.scheduler import Scheduler
@@ -27,7 +29,8 @@ from pelton.errors import ConfigError, ModelNotFoundError
 from pelton.layers.rope import context_length
 from pelton.models import Model, find_model
 from pelton.ops import gpu, native
-from pelton.runner.device import free_memory, guard, probe_device, use_cpu
+from pelton.ops.parallel import ALONE, Ranks
+from pelton.runner.device import free_memory, guard, least_of_all, probe_device, use_cpu
 from pelton.runner.grammar import Grammars
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.model_runner import ModelRunner
@@ -49,7 +52,41 @@ def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Eng
     on_progress: called with (bytes done, bytes in all) of the weights. Raises a PeltonError that names what cannot
     work.
     """
-    path = hub.resolve(args.model, hub=args.hub, revision=args.revision, download_dir=args.download_dir)
+    if args.tensor_parallel_size > 1:
+        return _build_team(args, on_progress)
+    config, runner = _build_runner(args, ALONE, on_progress)
+    return _engine(config, runner, runner.why_eager)
+
+
+def build_worker(args: EngineArgs, rank: int, folder: Path, meet: Callable[[], None]) -> ModelRunner:
+    """The runner of a rank beside rank 0; an engine.worker.WorkerBuilder."""
+    return _build_runner(args, Ranks(rank, args.tensor_parallel_size), None, folder, meet)[1]
+
+
+def _build_team(args: EngineArgs, on_progress: OnProgress | None) -> Engine:
+    """An engine whose model is shared by several ranks, of which this process is the first."""
+    from pelton.engine.ranks import TeamRunner, Workers  # needs msgpack
+
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast over NVLink, which not every host lets processes use
+    ranks = Ranks(0, args.tensor_parallel_size)
+    config_json = open_model(_find(args)).config
+    find_model(config_json).kv_layers(config_json, ranks)  # what cannot be is told before any process is started
+    probe_device(args.device, Environment.read().cuda_visible_devices, ranks)
+    workers = Workers("pelton.build:build_worker", args)
+    workers.on_lost(ranks.abort)
+    with workers.building():
+        config, runner = _build_runner(args, ranks, on_progress, Path(workers.folder), workers.wait)
+    config = replace(config, notes=(*config.notes, f"{ranks.size} ranks share the model"))
+    return _engine(config, TeamRunner(runner, workers), runner.why_eager)
+
+
+def _build_runner(
+    args: EngineArgs, ranks: Ranks, on_progress: OnProgress | None, folder: Path = Path(),
+    meet: Callable[[], None] = lambda: None,
+) -> tuple[EngineConfig, ModelRunner]:
+    """One rank's share of the model and its KV cache. meet: waits until all ranks are there; folder: where they find
+    each other."""
+    path = _find(args)
     files = open_model(path)
     if files.format == "none" and args.load_format != "dummy":
         raise ModelNotFoundError(f"{path} holds no weights: {NO_WEIGHTS}; for random ones use --load-format dummy")
@@ -63,28 +100,44 @@ def build_engine(args: EngineArgs, on_progress: OnProgress | None = None) -> Eng
         )
 
     architecture = find_model(files.config)
-    kv_layers = architecture.kv_layers(files.config)
-    sizes = weight_bytes(files) if files.weights else bytes_in_memory(_count_weights(architecture, files))
+    kv_layers = architecture.kv_layers(files.config, ranks)
     facts = ModelFacts(
-        files.config["torch_dtype"], context_length(files.config), kv_layers, sizes,
-        *_work_sizes(files, kv_layers),
+        files.config["torch_dtype"], context_length(files.config), kv_layers, _weight_bytes(architecture, files, ranks),
+        *_work_sizes(files, kv_layers, ranks),
     )
     env = Environment.read()
-    machine = probe_device(args.device, env.cuda_visible_devices)
+    machine = probe_device(args.device, env.cuda_visible_devices, ranks)
+    if ranks.size > 1:
+        meet()
+        ranks.connect(folder, machine.kind)
+        machine = probe_device(args.device, env.cuda_visible_devices, ranks)  # what is free beside the connections
+        machine = least_of_all(machine, ranks)
+        binding = env.cpu_binding.split("|")
+        if len(binding) == ranks.size:
+            env = replace(env, cpu_binding=binding[ranks.rank])
     config = resolve(args, facts, machine, env)
 
     if config.device.kind == "cpu":
         config = replace(config, notes=(*config.notes, use_cpu(config.device, env.cpu_isa)))
     need = _need("the weights", loaded_bytes(facts, config.model.dtype, machine), machine.free_bytes)
-    checkpoint = _open_checkpoint(args, files, config, on_progress)
+    checkpoint = _open_checkpoint(args, files, config, on_progress, ranks)
     model = guard(lambda: architecture.load(checkpoint), f"while the model was loaded ({need})", MORE_FOR_WEIGHTS)
     checkpoint.finish()
 
     kv = _make_cache(args, config, kv_layers)
     grammars = Grammars(lambda: load_tokenizer(open_model(path), args.tokenizer))  # opened again: files are large
-    runner = guard(lambda: ModelRunner(model, kv, config, grammars), "while steps were captured", LESS_CAPTURED)
+    meet()
+    runner = guard(lambda: ModelRunner(model, kv, config, grammars, ranks), "while steps were captured", LESS_CAPTURED)
+    return config, runner
+
+
+def _find(args: EngineArgs) -> Path:
+    return hub.resolve(args.model, hub=args.hub, revision=args.revision, download_dir=args.download_dir)
+
+
+def _engine(config: EngineConfig, runner: Runner, why_eager: str) -> Engine:
     scheduler = Scheduler(config.scheduler, config.cache)
-    return Engine(EngineCore(scheduler, runner), _info(config, runner.why_eager))
+    return Engine(EngineCore(scheduler, runner), _info(config, why_eager))
 
 
 def _need(what: str, need: int, free: int) -> str:
@@ -107,16 +160,27 @@ def _make_cache(args: EngineArgs, config: EngineConfig, kv_layers: list[KVLayer]
 
 
 def _open_checkpoint(
-    args: EngineArgs, files: ModelFiles, config: EngineConfig, on_progress: OnProgress | None
+    args: EngineArgs, files: ModelFiles, config: EngineConfig, on_progress: OnProgress | None, ranks: Ranks
 ) -> Checkpoint:
     device, dtype = torch.device(config.device.kind), getattr(torch, config.model.dtype)
     activations, deterministic = config.device.activations, config.device.deterministic
     if args.load_format == "dummy":
         layout = args.quantization if args.quantization in LAYOUTS else None
         return DummyCheckpoint(
-            files.config, dtype, device, args.seed, activations=activations, layout=layout, deterministic=deterministic
+            files.config, dtype, device, args.seed, activations=activations, layout=layout, ranks=ranks,
+            deterministic=deterministic,
         )
-    return open_checkpoint(files, dtype, device, on_progress, activations, deterministic)
+    return open_checkpoint(files, dtype, device, on_progress, activations, ranks, deterministic)
+
+
+def _weight_bytes(architecture: type[Model], files: ModelFiles, ranks: Ranks) -> dict[str, int]:
+    """The memory that a rank's weights take at most, see `weight_bytes`: its share, and the embedding."""
+    sizes = weight_bytes(files) if files.weights else bytes_in_memory(_count_weights(architecture, files))
+    if ranks.size == 1:
+        return sizes
+    fields = Fields(files.config)
+    embedding = bytes_in_memory(fields.int("hidden_size", low=1) * fields.int("vocab_size", low=1))
+    return {dtype: size // ranks.size + embedding[dtype] for dtype, size in sizes.items()}
 
 
 def _count_weights(architecture: type[Model], files: ModelFiles) -> int:
@@ -126,17 +190,18 @@ def _count_weights(architecture: type[Model], files: ModelFiles) -> int:
     return checkpoint.num_weights
 
 
-def _work_sizes(files: ModelFiles, kv_layers: Sequence[KVLayer]) -> tuple[int, int, int]:
-    """Numbers that a forward pass holds at once for each token, the vocabulary's size, and the largest weight's.
+def _work_sizes(files: ModelFiles, kv_layers: Sequence[KVLayer], ranks: Ranks) -> tuple[int, int, int]:
+    """Numbers that a rank's forward pass holds at once for each token, the vocabulary's size, and the largest weight's.
 
     For each token: the residual stream and what is normalised and added to it, the heads and what attention makes of
     them, the feed-forward layer's halves and their product.
     """
     fields = Fields(files.config)
-    heads = fields.int("num_attention_heads", 8, low=1)
+    heads = fields.int("num_attention_heads", 8, low=1) // ranks.size
     attention = max((2 * heads + 2 * layer.num_kv_heads) * layer.head_size for layer in kv_layers)
     hidden = fields.int("hidden_size", low=1)
     inner, vocab_size = fields.int("intermediate_size", 4 * hidden, low=1), fields.int("vocab_size", low=1)
+    inner //= ranks.size
     return 4 * hidden + attention + 3 * inner, vocab_size, hidden * max(vocab_size, 2 * inner)
 
 

@@ -55,7 +55,7 @@ class EngineArgs:
     dtype: str = "auto"
     max_model_len: int | None = None
     device: str = "auto"  # "auto", "cpu", "cuda"
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = 1  # ranks that share the model, each on a device of its own
     trust_remote_code: bool = False  # accepted; no code of a checkpoint is ever run
     enforce_eager: bool = False  # compute each step op by op instead of replaying it
     seed: int = 0
@@ -96,10 +96,6 @@ class EngineArgs:
         if self.cpu_activations not in ACTIVATIONS:
             raise ConfigError(
                 f"--cpu-activations {self.cpu_activations} is unknown; choose one of {', '.join(ACTIVATIONS)}"
-            )
-        if self.tensor_parallel_size != 1:
-            raise ConfigError(
-                f"--tensor-parallel-size {self.tensor_parallel_size}: this version runs on one device; use 1"
             )
         if self.block_size is not None and self.block_size & (self.block_size - 1):
             raise ConfigError(f"--block-size must be a power of two, got {self.block_size}")

@@ -13,7 +13,7 @@ from pelton.errors import ConfigError
 SWITCHES = {
     "disable_log_stats": "statistics are at the server's /metrics and not logged",
     "disable_frontend_multiprocessing": "the server's engine always runs in a process of its own",
-    "disable_custom_all_reduce": "there is one device",
+    "disable_custom_all_reduce": "sums over devices are always NCCL's",
     "disable_async_output_proc": "output is always processed beside the engine",
     "disable_cascade_attn": "there is one kind of attention",
     "use_v2_block_manager": "there is one block manager",
@@ -22,8 +22,8 @@ SWITCHES = {
     "async_scheduling": "each step is scheduled when the one before it is done",
     "disable_fastapi_docs": "there are no such pages",
     "use_tqdm_on_load": "the command line shows progress in a terminal anyway",
-    "worker_use_ray": "there is one device",
-    "ray_workers_use_nsight": "there is one device",
+    "worker_use_ray": "ranks are always processes of this machine",
+    "ray_workers_use_nsight": "ranks are always processes of this machine",
 }
 VALUES = {
     "swap_space": "preempted requests are computed again, not swapped",
@@ -39,7 +39,7 @@ VALUES = {
     "long_prefill_token_threshold": "as many prompts are computed in parts as fit the step",
     "prefix_caching_hash_algo": "keys are always SHA-256",
     "max_parallel_loading_workers": "weights are mapped from the file, not read by workers",
-    "distributed_executor_backend": "there is one device",
+    "distributed_executor_backend": "ranks are always processes of this machine",
     "guided_decoding_backend": "llguidance serves every constraint",
     "structured_outputs_config": "llguidance serves every constraint",
     "speculative_config": "tokens are not drafted in this version; answers are the same",
@@ -67,7 +67,8 @@ NOT_YET = {
     **dict.fromkeys(("limit_mm_per_prompt", "mm_processor_kwargs", "allowed_local_media_path"), "input beside text"),
     **dict.fromkeys(("hf_overrides", "rope_scaling", "rope_theta"), "changing the checkpoint's configuration"),
     **dict.fromkeys(("override_generation_config", "override_pooler_config"), "overriding the checkpoint's defaults"),
-    **dict.fromkeys(("enable_expert_parallel", "kv_transfer_config"), "serving from several devices"),
+    "enable_expert_parallel": "sharing experts among devices",
+    "kv_transfer_config": "moving keys and values between engines",
     "enable_sleep_mode": "sleep mode",
     "enable_prompt_embeds": "prompts as embeddings",
     "skip_tokenizer_init": "serving without a tokenizer",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,24 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }))  # fmt: skip
     save_file({"lm_head.weight": numpy.zeros((1, 1), numpy.float32)}, folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture
+def in_ranks(tmp_path: Path) -> Callable[[int, Callable[[Any], Any]], list[Any]]:
+    """Calls a function once for each of so many connected Ranks, each in a thread of its own, and returns what comes of
+    it."""
+    from pelton.ops.parallel import Ranks
+
+    def call(size: int, function: Callable[[Any], Any]) -> list[Any]:
+        folder = tmp_path / f"ranks-{size}"
+        folder.mkdir()
+
+        def one(rank: int) -> Any:
+            ranks = Ranks(rank, size)
+            ranks.connect(folder, "cpu")
+            return function(ranks)
+
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(one, range(size)))
+
+    return call

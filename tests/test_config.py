@@ -123,7 +123,7 @@ def test_weights_beyond_the_memory() -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [{"dtype": "int3"}, {"device": "tpu"}, {"tensor_parallel_size": 2}, {"block_size": 12}, {"block_size": 0},
+    [{"dtype": "int3"}, {"device": "tpu"}, {"tensor_parallel_size": "2"}, {"block_size": 12}, {"block_size": 0},
      {"kv_cache_dtype": "fp4"}, {"cpu_activations": "int4"},
      {"gpu_memory_utilization": 0.0}, {"max_num_seqs": 0}, {"max_model_len": -5}, {"max_model_len": "128"}],
 )

@@ -111,7 +111,8 @@ def read(
     with loading.bar(title, at_once=True) as report, log_as_notes():
         engine = load_builder(BUILDER)(args, report)
         log_choices(engine.info)
-    cast("ModelRunner", engine.core.runner).on_prompt_logits = on_logits
+    runner = getattr(engine.core.runner, "runner", engine.core.runner)  # of several ranks the first
+    cast("ModelRunner", runner).on_prompt_logits = on_logits
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
     scores = []
     for request_id, window in enumerate(windows):

@@ -27,7 +27,7 @@ ENGINE_FLAGS = {
     "dtype": "auto, float32, bfloat16, float16",
     "max_model_len": "most tokens of prompt and answer together; 4096, 4k (thousands) or 4K (1024s) [the model's]",
     "device": "auto, cpu, cuda",
-    "tensor_parallel_size": "devices to share the model; this version takes 1",
+    "tensor_parallel_size": "devices of this machine that share the model",
     "trust_remote_code": "accepted; no code of a checkpoint is ever run in this version",
     "enforce_eager": "compute each step op by op instead of replaying it as captured",
     "seed": "seed for requests that bring none",

@@ -8,16 +8,19 @@ from typing import Protocol
 
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import Chunk, EngineRequest, Started, StepPlan, StepResult, Update
-from pelton.errors import DeviceLostError, OutOfMemoryError
+from pelton.errors import DeviceLostError, EngineDeadError, OutOfMemoryError
 
 logger = logging.getLogger(__name__)
+
+FATAL = DeviceLostError, EngineDeadError  # no plan will ever run again
 
 
 class Runner(Protocol):
     """What computes a plan. Running the same plan twice must give the same result and leave the same state.
 
     It raises OutOfMemoryError if a smaller plan may fit, once it has released what memory it can, and DeviceLostError
-    if no plan will ever run again. Whatever it raises, it has taken over which requests are new and which are gone.
+    or EngineDeadError if no plan will ever run again. Whatever it raises, it has taken over which requests are new and
+    which are gone.
     A runner that can begin a step before the one before has ended also has start(plan) -> Started | None: None where a
     result is needed at once, and run() is to be called.
     """
@@ -49,7 +52,7 @@ class EngineCore:
     def step(self) -> list[Update]:
         """Compute one batch: at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests.
 
-        Whatever fails is failed alone, but DeviceLostError: then the engine is of no use any more.
+        Whatever fails is failed alone, but DeviceLostError and EngineDeadError: then the engine is of no use any more.
         """
         plan, started = self._ahead or self._begin(self.scheduler.schedule())
         self._ahead = None
@@ -66,7 +69,7 @@ class EngineCore:
             return plan, None
         try:
             return plan, start(plan)
-        except DeviceLostError:
+        except FATAL:
             raise
         except Exception as error:  # if it fails again when it is run, the requests that are at fault are found
             self._note_failure(plan, error)
@@ -79,7 +82,7 @@ class EngineCore:
             self._ahead = self._begin(next_plan)
         try:
             return plan.chunks, started.finish()
-        except DeviceLostError:
+        except FATAL:
             raise
         except Exception as error:  # a kernel failed, and what was begun behind it is void
             self._note_failure(plan, error)
@@ -95,7 +98,7 @@ class EngineCore:
         """
         try:
             return plan.chunks, self.runner.run(plan)
-        except DeviceLostError:
+        except FATAL:
             raise
         except Exception as error:  # whatever a kernel throws: it is reported to the request it belongs to
             if not plan.chunks:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from pelton.config import EngineArgs
 from pelton.engine.core import EngineCore
@@ -48,14 +49,19 @@ class Engine:
 Builder = Callable[[EngineArgs, OnProgress], Engine]
 
 
-def load_builder(name: str) -> Builder:
+def load_function(name: str) -> Any:
     """The function "module:function". Importing its module is what loads torch."""
     # OpenMP reads this when torch is loaded. By default its threads spin for milliseconds when they wait, and on a
     # machine with anything else to do they take the cores from the very threads they wait for: decoding was up to
     # thirty times slower. A short spin (about 20 us) still covers the gap between two ops.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     module, _, function = name.partition(":")
-    builder: Builder = getattr(import_module(module), function)
+    return getattr(import_module(module), function)
+
+
+def load_builder(name: str) -> Builder:
+    """The Builder "module:function"."""
+    builder: Builder = load_function(name)
     return builder
 
 

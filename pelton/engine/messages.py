@@ -4,6 +4,11 @@
     engine -> door   Progress while it loads; Ready or Failed; then one Report for each turn of its loop; Failed
                      where that breaks down for a known reason
 
+And between the ranks of one engine (ranks.py):
+
+    rank 0 -> rank   Start (first, and once), then Run, Begin and Finish as rank 0 does, and Meet after a failure
+    rank -> rank 0   Met at each place where all meet; Failed
+
 All are plain data, so that `wire` can carry them between processes.
 """
 
@@ -13,7 +18,7 @@ from dataclasses import dataclass, field
 
 from pelton.config import EngineArgs
 from pelton.engine.scheduler import SchedulerStats
-from pelton.engine.step import EngineRequest, Update
+from pelton.engine.step import EngineRequest, StepPlan, Update
 from pelton.errors import PeltonError
 
 
@@ -86,8 +91,47 @@ class Report:
     refusals: list[Refusal] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Run a step."""
+
+    plan: StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Begin a step."""
+
+    plan: StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Finish a step that was begun. Those begun before it and not finished have failed on rank 0."""
+
+    step_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Meet:
+    """Say when all orders so far are done, or have failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """A rank is where it is to meet the others."""
+
+    place: int = 0  # how often it has met them in its steps, see ModelRunner.place
+
+
 Command = Start | EngineRequest | Abort | Refusal | Close
 """To the engine. A Refusal stands for a request that could not be read; it is answered with itself."""
 
 Message = Progress | Ready | Failed | Report
 """From the engine."""
+
+Order = Start | Run | Begin | Finish | Meet
+"""From rank 0 to the others."""
+
+Answer = Met | Failed
+"""From another rank to rank 0."""

@@ -1,17 +1,9 @@
-"""The engine in a process of its own, watched: one that dies or stands still is replaced by a new one.
-
-The child is a fresh interpreter, not a fork: a script needs no `if __name__ == "__main__"` around what it does.
-Its socket is the only tie between the two. It closes when either end dies, which tells the other at once.
-"""
+"""The engine in a process of its own, watched: one that dies or stands still is replaced by a new one."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +11,12 @@ from dataclasses import dataclass
 from pelton.config import EngineArgs
 from pelton.engine.client import EngineClient, State
 from pelton.engine.messages import Command, EngineInfo, Failed, Message, Ready, Start
+from pelton.engine.process import EXIT_S, how_it_ended, launch
 from pelton.engine.wire import FrameParser, encode
 from pelton.errors import EngineDeadError, PeltonError
 from pelton.types import OnProgress
 
 logger = logging.getLogger(__name__)
-
-EXIT_S = 1.0  # how long a child whose socket is closed may take to exit by itself
 
 
 @dataclass(frozen=True)
@@ -136,16 +127,7 @@ class _Child(asyncio.Protocol):
     """One process, and the socket to it."""
 
     def __init__(self, builder: str) -> None:
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "pelton.engine.child", str(theirs.fileno()), builder],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what is printed by accident goes where log lines go, not into the output of a command
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-                start_new_session=True,  # Ctrl-C in a terminal is for the parent
-            )
+        self.process, self._socket = launch("pelton.engine.child", builder)
         self._transport: asyncio.Transport | None = None
         self._parser = FrameParser()
         self._on_message: Callable[[Message], None] = lambda message: None
@@ -177,10 +159,7 @@ class _Child(asyncio.Protocol):
             if time.monotonic() > deadline:
                 self.process.kill()
             await asyncio.sleep(0.01)
-        code = self.process.returncode
-        if code >= 0:
-            return f"exited with code {code}"
-        return f"was killed by signal {-code}" + (", as happens when memory runs out" if code == -9 else "")
+        return how_it_ended(self.process.returncode)
 
     async def kill(self) -> str:
         """end(), for a process that stands still."""

@@ -18,19 +18,26 @@ from pelton import errors
 from pelton.config import EngineArgs
 from pelton.engine.messages import (
     Abort,
+    Answer,
+    Begin,
     Close,
     Command,
     EngineInfo,
     Failed,
+    Finish,
+    Meet,
     Message,
+    Met,
+    Order,
     Progress,
     Ready,
     Refusal,
     Report,
+    Run,
     Start,
 )
 from pelton.engine.scheduler import SchedulerStats
-from pelton.engine.step import EngineRequest, TokenLogprobs, Update
+from pelton.engine.step import Chunk, EngineRequest, StepPlan, TokenLogprobs, Update
 from pelton.errors import PeltonError, RequestError
 from pelton.types import (
     GuidedDecodingParams,
@@ -45,7 +52,7 @@ _LENGTH = struct.Struct(">I")
 RECORDS: tuple[type, ...] = (
     Start, EngineRequest, Abort, Close, Progress, Ready, Failed, Refusal, Report, Update, TokenLogprobs,
     SchedulerStats, EngineInfo, EngineArgs, SamplingParams, StructuredOutputsParams, GuidedDecodingParams,
-    RepetitionDetectionParams,
+    RepetitionDetectionParams, Run, Begin, Finish, Meet, Met,
 )  # fmt: skip
 ERRORS: dict[str, type[PeltonError]] = {
     name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, PeltonError)
@@ -53,14 +60,14 @@ ERRORS: dict[str, type[PeltonError]] = {
 _CODES = {record: code for code, record in enumerate(RECORDS)}
 _FIELDS = {record: tuple(field.name for field in fields(record)) for record in RECORDS}
 _REQUEST = _CODES[EngineRequest]
-_TUPLE, _ERROR = 126, 127  # extension types go up to 127
+_PLAN, _TUPLE, _ERROR = 125, 126, 127  # extension types go up to 127
 
 
 class WireError(PeltonError):
     """Bytes that are no message: the other end is not an engine of this version."""
 
 
-def encode(message: Command | Message) -> bytes:
+def encode(message: Command | Message | Order | Answer) -> bytes:
     """One frame. RequestError if a request holds what cannot be sent."""
     if isinstance(message, EngineRequest):
         message = _plain(message)
@@ -130,6 +137,8 @@ def _pack(value: Any) -> bytes:
 def _to_extension(value: Any) -> Any:
     if (code := _CODES.get(type(value))) is not None:
         return msgpack.ExtType(code, _pack([getattr(value, name) for name in _FIELDS[type(value)]]))
+    if isinstance(value, StepPlan):
+        return msgpack.ExtType(_PLAN, _pack_plan(value))
     if isinstance(value, tuple):
         return msgpack.ExtType(_TUPLE, _pack(list(value)))
     if isinstance(value, PeltonError):
@@ -149,12 +158,27 @@ def _from_extension(code: int, data: bytes) -> Any:
     values = _unpack(data)
     if code == _TUPLE:
         return tuple(values)
+    if code == _PLAN:
+        return _unpack_plan(*values)
     if code == _ERROR:
         name, text, details = values
         error = ERRORS[name](text)
         vars(error).update(details)
         return error
     return RECORDS[code](*values)
+
+
+def _pack_plan(plan: StepPlan) -> bytes:
+    """Chunks as lists of their fields, in one piece: there are hundreds in each step."""
+    chunks = [
+        (chunk.request_id, chunk.start, chunk.num_tokens, chunk.table_start, chunk.blocks, chunk.sample)
+        for chunk in plan.chunks
+    ]
+    return _pack([plan.step_id, plan.new, msgpack.packb(chunks), plan.gone])
+
+
+def _unpack_plan(step_id: int, new: tuple[EngineRequest, ...], chunks: bytes, gone: tuple[int, ...]) -> StepPlan:
+    return StepPlan(step_id, new, tuple(Chunk(*fields) for fields in msgpack.unpackb(chunks, use_list=False)), gone)
 
 
 def _request_id(body: bytes) -> int:

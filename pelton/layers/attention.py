@@ -6,18 +6,19 @@ Shapes: T tokens, H query heads, G key/value heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pelton import ops
 from pelton.config import KVLayer
-from pelton.errors import ModelFormatError
+from pelton.errors import ConfigError, ModelFormatError
 from pelton.layers.batch import Batch
 from pelton.layers.linear import Linear
 from pelton.layers.norm import RMSNorm
 from pelton.layers.rope import Angles
+from pelton.ops.parallel import Ranks
 from pelton.weights.checkpoint import Checkpoint
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"  # config.json's words in layer_types
@@ -49,6 +50,22 @@ class AttentionShape:
                 f"it must be even and at most {MAX_HEAD_SIZE}"
             )
 
+    def share(self, ranks: Ranks) -> AttentionShape:
+        """What one rank computes: whole heads. Several ranks keep the same key and value head where there are fewer
+        of these. ConfigError if heads cannot be shared evenly."""
+        if not self._can_share(ranks.size):
+            sizes = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self._can_share(n))
+            raise ConfigError(
+                f"--tensor-parallel-size {ranks.size}: the model's {self.num_heads} heads and {self.num_kv_heads} key "
+                f"and value heads cannot be shared evenly; use one of {sizes}"
+            )
+        num_heads, num_kv_heads = self.num_heads // ranks.size, max(1, self.num_kv_heads // ranks.size)
+        return replace(self, num_heads=num_heads, num_kv_heads=num_kv_heads)
+
+    def _can_share(self, size: int) -> bool:
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+
     @property
     def kv_layer(self) -> KVLayer:
         """What the layer keeps in the KV cache."""
@@ -63,12 +80,12 @@ class Attention:
         load_head_norm: Callable[[Checkpoint, int], RMSNorm] | None = None,
     ) -> None:
         """Read q_proj, k_proj, v_proj, o_proj and, with `load_head_norm`, q_norm and k_norm over each head."""
-        s = self.shape = shape
+        s, self.shape = shape, shape.share(ckpt.ranks)
         self.layer_id = layer_id
         q_size, kv_size = s.num_heads * s.head_size, s.num_kv_heads * s.head_size
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv = Linear.load(ckpt, parts, s.d_model, bias=s.qkv_bias)
-        self.out = Linear.load(ckpt, {"o_proj": s.d_model}, q_size, bias=s.out_bias)
+        self.qkv = Linear.load(ckpt, parts, s.d_model, s.qkv_bias, split="out", unit=s.head_size)
+        self.out = Linear.load(ckpt, {"o_proj": s.d_model}, q_size, s.out_bias, split="in", unit=s.head_size)
         self.head_norms: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0)
         if load_head_norm is not None:
             q_norm, k_norm = (load_head_norm(ckpt.at(name), s.head_size) for name in ("q_norm", "k_norm"))

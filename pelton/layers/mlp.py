@@ -29,8 +29,8 @@ class GatedMLP:
     def load(cls, ckpt: Checkpoint, d_model: int, d_hidden: int, activation: str, bias: bool = False) -> GatedMLP:
         """Read `gate_proj`, `up_proj` [d_hidden, d_model] and `down_proj` [d_model, d_hidden]."""
         return cls(
-            Linear.load(ckpt, {"gate_proj": d_hidden, "up_proj": d_hidden}, d_model, bias=bias),
-            Linear.load(ckpt, {"down_proj": d_model}, d_hidden, bias=bias),
+            Linear.load(ckpt, {"gate_proj": d_hidden, "up_proj": d_hidden}, d_model, bias, split="out"),
+            Linear.load(ckpt, {"down_proj": d_model}, d_hidden, bias, split="in"),
             activation,
         )
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pelton import ops
+from pelton.ops.parallel import ALONE, Ranks
 from pelton.quant.layout import LinearWeight
 from pelton.weights.checkpoint import Checkpoint
 
@@ -19,11 +20,13 @@ class Embedding:
 
     @classmethod
     def load(cls, ckpt: Checkpoint, vocab_size: int, d_model: int, tied: bool, scale: float = 1.0) -> Embedding:
-        """Read `weight` [vocab_size, d_model]; `tied`: it is multiplied with too."""
+        """Read `weight` [vocab_size, d_model], on every rank; `tied`: it is multiplied with too."""
         # The factor is rounded to the compute dtype first, as the models were trained.
         rounded = float(torch.tensor(scale, dtype=ckpt.dtype))
         shape = (vocab_size, d_model)
-        return cls(ckpt.packed(ckpt.linear("weight", shape)) if tied else ckpt.table("weight", shape), rounded)
+        is_multiplied = tied and not _is_shared(ckpt, vocab_size)
+        weight = ckpt.packed(ckpt.linear("weight", shape)) if is_multiplied else ckpt.table("weight", shape)
+        return cls(weight, rounded)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, d_model]."""
@@ -33,20 +36,31 @@ class Embedding:
 class LMHead:
     """Logits of each token of the vocabulary, in float32."""
 
-    def __init__(self, weight: LinearWeight, softcap: float | None = None) -> None:
+    def __init__(self, weight: LinearWeight, softcap: float | None = None, gathered: Ranks = ALONE) -> None:
+        """gathered: the ranks that have the other rows."""
         self.weight = weight
         self.softcap = softcap
+        self.gathered = gathered
 
     @classmethod
     def load(cls, ckpt: Checkpoint, embedding: Embedding, tied: bool, softcap: float | None = None) -> LMHead:
-        """Read `lm_head.weight` [V, d_model], or share the embedding's where `tied`."""
-        if tied:
-            return cls(embedding.weight, softcap)
-        return cls(ckpt.packed(ckpt.linear("lm_head.weight", embedding.weight.shape)), softcap)
+        """Read `lm_head.weight` [V, d_model], or share the embedding's where `tied`. Ranks share its rows if these
+        divide; else each has all of them."""
+        shape = embedding.weight.shape
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        if _is_shared(ckpt, shape[0]):
+            rows = ckpt.ranks.share(shape[0], what=name)
+            return cls(ckpt.packed(ckpt.linear(name, shape, rows)), softcap, ckpt.ranks)
+        return cls(embedding.weight if tied else ckpt.packed(ckpt.linear(name, shape)), softcap)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[M, d_model] -> [M, V] float32."""
         logits = self.weight.logits(x)
         if self.softcap is not None:
             ops.softcap_(logits, self.softcap)
-        return logits
+        return self.gathered.all_gather(logits)
+
+
+def _is_shared(ckpt: Checkpoint, vocab_size: int) -> bool:
+    """Whether each rank computes the logits of some tokens only."""
+    return ckpt.ranks.size > 1 and vocab_size % ckpt.ranks.size == 0

@@ -13,6 +13,7 @@ from pelton.config import KVLayer
 from pelton.errors import ModelFormatError
 from pelton.layers.batch import Batch
 from pelton.layers.vocab import LMHead
+from pelton.ops.parallel import ALONE, Ranks
 from pelton.weights.checkpoint import Checkpoint
 from pelton.weights.fields import Fields, shorten
 
@@ -48,9 +49,9 @@ class Model(ABC):
         """The last hidden states [T, d_model], normalised."""
 
     @classmethod
-    def kv_layers(cls, config: Mapping[str, Any]) -> list[KVLayer]:
-        """What each attention layer keeps in the KV cache."""
-        return [shape.kv_layer for shape in cls.parse(config).attention]
+    def kv_layers(cls, config: Mapping[str, Any], ranks: Ranks = ALONE) -> list[KVLayer]:
+        """What each attention layer of one rank keeps in the KV cache. ConfigError if ranks cannot share its heads."""
+        return [shape.share(ranks).kv_layer for shape in cls.parse(config).attention]
 
     @classmethod
     def load(cls, ckpt: Checkpoint) -> Model:

@@ -24,6 +24,12 @@ class NotRecordable(Exception):
     """The computation does something that is no kernel call; the message names it."""
 
 
+def refuse_to_record(what: str) -> None:
+    """To be called by what is no kernel call and moves data: raises NotRecordable while this thread records."""
+    if getattr(_thread, "recorder", None) is not None:
+        raise NotRecordable(f"{what} cannot be recorded")
+
+
 class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets pass what moves no data."""
 

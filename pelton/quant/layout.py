@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pelton import ops
+from pelton.errors import ConfigError
 from pelton.quant import FORMATS
 from pelton.weights.stored import BlockType
 
@@ -42,6 +43,11 @@ class LinearWeight(ABC):
         """x W^T in float32: [T, K] -> [T, N]."""
         return self.matmul(x).float()
 
+    def part(self, rows: range, columns: range) -> LinearWeight:
+        """Some adjacent rows and columns of W, in the same layout, with memory of their own. ConfigError if the columns
+        cut what can only be kept whole. For weights that are not packed yet."""
+        raise NotImplementedError(f"{type(self).__name__} is packed")
+
     def rows(self, ids: Tensor, scale: float = 1.0) -> Tensor:
         """Some rows of W (an embedding's look-up), times scale: [T] -> [T, K]."""
         rows = F.embedding(ids, self.dequantize())
@@ -58,6 +64,9 @@ class Dense(LinearWeight):
     def dequantize(self) -> Tensor:
         return self.weight
 
+    def part(self, rows: range, columns: range) -> LinearWeight:
+        return Dense(_cut(self.weight, rows, columns))
+
 
 class Blocks(LinearWeight):
     """Rows of a file's blocks, as they lie there."""
@@ -72,6 +81,11 @@ class Blocks(LinearWeight):
     def dequantize(self) -> Tensor:
         data = self.data if self.row_ids is None else self.data[self.row_ids]
         return FORMATS[self.type.name](data.reshape(-1, self.type.block_bytes)).view(self.shape)
+
+    def part(self, rows: range, columns: range) -> LinearWeight:
+        where = self.type.bytes_of(columns, f"a weight {list(self.shape)}")
+        data = self.data if self.row_ids is None else self.data[self.row_ids]
+        return Blocks(self.type, _cut(data, rows, where), (len(rows), len(columns)))
 
 
 class Int(LinearWeight):
@@ -103,6 +117,16 @@ class Int(LinearWeight):
             return weights
         return torch.empty_like(weights).index_copy_(1, self.order, weights)
 
+    def part(self, rows: range, columns: range) -> LinearWeight:
+        if self.order is not None and len(columns) < self.shape[1]:
+            raise ConfigError(
+                "the groups of this checkpoint are not of adjacent columns (GPTQ's act-order), so that ranks cannot "
+                "share them; use --tensor-parallel-size 1, or a checkpoint without desc_act"
+            )
+        groups = _groups(columns, self.group, self.shape)
+        zeros = self.zeros if isinstance(self.zeros, int) else _cut(self.zeros, rows, groups)
+        return Int(self.bits, _cut(self.codes, rows, columns), _cut(self.scales, rows, groups), zeros, self.order)
+
 
 class W8A8(Int):
     """Int8 with a scale for each row, whose input is rounded to int8 too, with a scale for each token.
@@ -121,6 +145,10 @@ class W8A8(Int):
         y = sums.float() * x_scales[:, None] * self.scales[:, 0]
         y = (y if bias is None else y + bias).to(x.dtype)
         return y if add_to is None else add_to.add_(y)
+
+    def part(self, rows: range, columns: range) -> LinearWeight:
+        """Of some columns: their input is rounded with a scale of its own, which is no coarser than that of all."""
+        return W8A8(_cut(self.codes, rows, columns), _cut(self.scales, rows, range(1)))
 
 
 class Float8(LinearWeight):
@@ -143,6 +171,10 @@ class Float8(LinearWeight):
         numbers = self.codes.view(torch.float8_e4m3fn).float()
         return numbers * self.scales.repeat_interleave(self.group, dim=1)
 
+    def part(self, rows: range, columns: range) -> LinearWeight:
+        groups = _groups(columns, self.group, self.shape)
+        return Float8(_cut(self.codes, rows, columns), _cut(self.scales, rows, groups), (1, self.group))
+
 
 class Codebook4(LinearWeight):
     """4-bit codes of 16 values, with a scale for each group of columns: w = scale value[code].
@@ -162,6 +194,10 @@ class Codebook4(LinearWeight):
         scales = self.scales.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
         return self.values[self.codes.long()] * scales
 
+    def part(self, rows: range, columns: range) -> LinearWeight:
+        groups = _groups(columns, self.group, self.shape)
+        return Codebook4(_cut(self.codes, rows, columns), _cut(self.scales, rows, groups), self.values)
+
 
 class Stack(LinearWeight):
     """Several weights of the same K one below the other, each in a layout of its own."""
@@ -172,6 +208,23 @@ class Stack(LinearWeight):
 
     def dequantize(self) -> Tensor:
         return torch.cat([part.dequantize() for part in self.parts])
+
+
+def _cut(x: Tensor, rows: range, columns: range | slice) -> Tensor:
+    """A copy: what is left can be freed."""
+    return x[rows.start : rows.stop, columns.start : columns.stop].clone()
+
+
+def _groups(columns: range, group: int, shape: tuple[int, int]) -> range:
+    """The groups of `group` columns that some columns of a weight [N, K] are. ConfigError if they cut one."""
+    if group >= shape[1]:
+        return range(1)
+    if columns.start % group or (columns.stop % group and columns.stop != shape[1]):
+        raise ConfigError(
+            f"a weight {list(shape)} has groups of {group} columns, which would be cut at {columns.start} and "
+            f"{columns.stop}; use a smaller --tensor-parallel-size"
+        )
+    return range(columns.start // group, -(-columns.stop // group))
 
 
 def fuse(parts: Sequence[LinearWeight]) -> LinearWeight:

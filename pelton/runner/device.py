@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from pelton.config import DeviceConfig, DeviceFacts
 from pelton.errors import ConfigError, DeviceError, DeviceLostError, OutOfMemoryError
 from pelton.ops import gpu
 from pelton.ops.native import native
+from pelton.ops.parallel import ALONE, Ranks
 
 T = TypeVar("T")
 
@@ -22,9 +24,10 @@ T = TypeVar("T")
 NO_MEMORY = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 
 
-def probe_device(kind: str, visible: str | None = None) -> DeviceFacts:
+def probe_device(kind: str, visible: str | None = None, ranks: Ranks = ALONE) -> DeviceFacts:
     """Facts about "cpu", "cuda", or for "auto" the best there is. visible: CUDA_VISIBLE_DEVICES.
 
+    Each of several ranks has a GPU of its own (the first sees all of them, the others theirs), or a share of the CPU.
     ConfigError if there is no such device, DeviceError if it cannot be used.
     """
     has_cuda = torch.cuda.is_available()
@@ -33,6 +36,12 @@ def probe_device(kind: str, visible: str | None = None) -> DeviceFacts:
     cpus = _usable_cpus()
     num_cores = _num_cores(cpus)
     if kind == "cuda" or (kind == "auto" and has_cuda):
+        num_devices = torch.cuda.device_count()
+        if ranks.rank == 0 and num_devices < ranks.size:
+            raise ConfigError(
+                f"--tensor-parallel-size {ranks.size}: torch sees {num_devices} GPU{'s' * (num_devices > 1)}; use "
+                f"{num_devices}, or name more in CUDA_VISIBLE_DEVICES if it is set"
+            )
         free_bytes = _open_gpu()
         capability = torch.cuda.get_device_capability()
         name, has_bf16 = torch.cuda.get_device_name(), capability >= (8, 0)
@@ -41,7 +50,18 @@ def probe_device(kind: str, visible: str | None = None) -> DeviceFacts:
         return DeviceFacts("cuda", name, free_bytes, has_bf16, num_cores, (), has_float8, has_kernels)
     has_kernels = native is not None
     fast = native.has_bf16_dot() if native is not None else _torch_has_fast_bf16()
-    return DeviceFacts("cpu", _cpu_name(), _free_memory(), fast, num_cores, cpus, keeps_formats=has_kernels)
+    free_bytes, num_cores = _free_memory() // ranks.size, max(1, num_cores // ranks.size)
+    return DeviceFacts("cpu", _cpu_name(), free_bytes, fast, num_cores, cpus, keeps_formats=has_kernels)
+
+
+def least_of_all(facts: DeviceFacts, ranks: Ranks) -> DeviceFacts:
+    """What all ranks can count on, so that all decide alike."""
+    mine = [facts.free_bytes, facts.has_fast_bf16, facts.has_float8, facts.keeps_formats]
+    free_bytes, *flags = ranks.least(mine, torch.device(facts.kind))
+    has_fast_bf16, has_float8, keeps_formats = map(bool, flags)
+    return replace(
+        facts, free_bytes=free_bytes, has_fast_bf16=has_fast_bf16, has_float8=has_float8, keeps_formats=keeps_formats
+    )
 
 
 def _why_no_gpu(visible: str | None) -> str:

@@ -68,6 +68,7 @@ class Graphs(Captured):
         self._model = model
         self._sizes = [size for size in SIZES if size < max_requests] + [max_requests]
         self._pool = torch.cuda.graph_pool_handle()
+        self.num_replays = 0
         # All graphs leave their results here: nothing of their own memory is kept, so that they share it.
         with noting_order():
             hidden = model.forward(self.buffers.batch(max_requests, max_requests))
@@ -87,6 +88,7 @@ class Graphs(Captured):
             known = previous.index_select(0, inputs.previous_rows[:num_tokens])
             torch.clamp(known, min=0, out=inputs.token_ids[:num_tokens])  # codes in place of tokens end their requests
         self._captured[size].replay()
+        self.num_replays += 1
         return self._hidden[:num_tokens], self._logits[:num_sampled]
 
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:

@@ -15,6 +15,7 @@ from pelton.errors import DeviceError
 from pelton.models import Model
 from pelton.ops import gpu
 from pelton.ops.native import native
+from pelton.ops.parallel import ALONE, Ranks
 from pelton.ops.recording import NotRecordable
 from pelton.runner.batch import BatchBuffers
 from pelton.runner.device import first_line, guard, is_out_of_memory
@@ -22,6 +23,7 @@ from pelton.runner.grammar import Grammars
 from pelton.runner.graph import Captured, Graphs, Programs
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.logprobs import NON_FINITE, token_logprobs
+from pelton.runner.parallel import Follower, Leader
 from pelton.runner.requests import RequestState, RequestTable
 from pelton.runner.sampler import Sample, Sampler
 
@@ -33,12 +35,18 @@ LOGITS_ROWS = 256  # rows of prompt logits made at once: 256 x 262,144 float32 a
 class ModelRunner:
     """A model, its KV cache and its sampler on one device. Implements `engine.core.Runner`."""
 
-    def __init__(self, model: Model, kv: KVCache, config: EngineConfig, grammars: Grammars | None = None) -> None:
+    def __init__(
+        self, model: Model, kv: KVCache, config: EngineConfig, grammars: Grammars | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        """ranks: those that compute the model together, of which this one samples if it is the first."""
         self.model = model
         self.kv = kv
         self.device = kv.device
+        self.ranks = ranks
         self.requests = RequestTable(len(kv.groups))
-        self.sampler = Sampler(config.device.seed, grammars)
+        self.sampler: Sampler | Leader | Follower = Sampler(config.device.seed, grammars)
+        if ranks.size > 1:
+            self.sampler = Leader(self.sampler, ranks) if ranks.rank == 0 else Follower(ranks)
         self.on_prompt_logits: Callable[[Tensor], None] | None = None  # sees the logits [n, V] of scored prompt tokens
         limits = config.scheduler
         max_blocks = -(-limits.max_model_len // kv.block_size)
@@ -79,6 +87,22 @@ class ModelRunner:
         """Begin a plan on a GPU, perhaps while the one before still runs. None where its result is needed at once.
         Raises what `run` does."""
         return guard(lambda: self._start(plan), *IN_A_STEP)
+
+    def can_start(self, plan: StepPlan) -> bool:
+        """Whether `start` is of use: what other ranks are told before it is called."""
+        if not isinstance(self.graph, Graphs) or not all(chunk.sample for chunk in plan.chunks):
+            return False
+        needing = {request.request_id for request in plan.new if request.needs_results}
+        states = self.requests.states
+        return not any(
+            chunk.request_id in needing or (chunk.request_id in states and states[chunk.request_id].needs_results)
+            for chunk in plan.chunks
+        )
+
+    @property
+    def place(self) -> int:
+        """How often ranks have met in what they computed so far: those that have met as often are in step."""
+        return self.ranks.num_collectives + (self.graph.num_replays if isinstance(self.graph, Graphs) else 0)
 
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> StepResult:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pelton.errors import ModelFormatError
 from pelton.ops import gpu
 from pelton.ops.native import native
+from pelton.ops.parallel import ALONE, Ranks
 from pelton.quant import CODED, FORMATS
 from pelton.quant.layout import Blocks, Dense, LinearWeight
 from pelton.quant.native import NUMBERS, Table, pack
@@ -43,14 +44,16 @@ class Checkpoint:
         gguf: Architecture | None = None,
         on_progress: OnProgress | None = None,
         activations: str = "fp32",
+        ranks: Ranks = ALONE,
         deterministic: bool = False,
     ) -> None:
-        """activations: what products with packed weights round their input to, see quant/native.py. deterministic: on a
-        GPU, see quant/gpu.py."""
+        """activations: what products with packed weights round their input to, see quant/native.py. ranks: of which
+        this one reads its share. deterministic: on a GPU, see quant/gpu.py."""
         self.config = dict(config)
         self.dtype = dtype
         self.device = device
         self.activations = activations
+        self.ranks = ranks
         self.deterministic = deterministic
         self._tensors = tensors
         self._gguf = gguf
@@ -68,12 +71,12 @@ class Checkpoint:
     def at(self, prefix: str) -> Checkpoint:
         """A view: its names continue `prefix`. What is read through it is recorded in the whole."""
         view = copy.copy(self)
-        view._prefix = self._full(prefix)
+        view._prefix = self.full_name(prefix)
         return view
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of that name."""
-        return self._full(name) in self._tensors
+        return self.full_name(name) in self._tensors
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """The tensor `name`, on the device, in `dtype` (default: the compute dtype).
@@ -85,18 +88,28 @@ class Checkpoint:
         self._tell_read(name)
         return tensor
 
-    def linear(self, name: str, shape: tuple[int, int]) -> LinearWeight:
+    def linear(
+        self, name: str, shape: tuple[int, int], rows: range | None = None, columns: range | None = None
+    ) -> LinearWeight:
         """The weight `name` [N, K], to be given to `packed`: on a CPU as the file holds it, but float32 in the compute
-        dtype; on a GPU decoded."""
+        dtype; on a GPU decoded.
+
+        rows (whole heads of a query or key projection), columns: read these only. ConfigError if the columns cut what
+        the file keeps together.
+        """
         stored = self._find(name, shape)
-        if not self._keeps(stored):
-            return Dense(self.tensor(name, shape))
         heads = self._num_interleaved_heads(name)
-        order = None if heads == 0 else _half_split_rows(stored, heads)
+        rows, columns = rows or range(shape[0]), columns or range(shape[1])
+        if (len(rows), len(columns)) != shape:
+            stored = stored.part(rows, columns)
+            heads = heads * len(rows) // shape[0]
         self._tell_read(name)
+        if not self._keeps(stored):
+            return Dense(self._load(stored, self.dtype, heads))
+        order = None if heads == 0 else _half_split_rows(stored, heads)
         self._kept.append(stored)
         data = torch.from_numpy(stored.data).to(self.device)
-        return Blocks(stored.type, data, shape, None if order is None else order.to(self.device))
+        return Blocks(stored.type, data, (len(rows), len(columns)), None if order is None else order.to(self.device))
 
     def packed(self, weight: LinearWeight) -> LinearWeight:
         """`weight` in the order that the device multiplies fastest."""
@@ -128,12 +141,13 @@ class Checkpoint:
             names = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
             raise ModelFormatError(f"{len(unread)} tensors of the checkpoint belong to no part of the model: {names}")
 
-    def _full(self, name: str) -> str:
+    def full_name(self, name: str) -> str:
+        """The name in the whole checkpoint."""
         return f"{self._prefix}.{name}" if self._prefix else name
 
     def _find(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
         """The stored tensor `name`, if it has this shape and a format that can be read."""
-        name = self._full(name)
+        name = self.full_name(name)
         stored = self._tensors.get(name)
         if stored is None:
             raise ModelFormatError(f"tensor {name} is missing in the checkpoint")
@@ -144,7 +158,7 @@ class Checkpoint:
         return stored
 
     def _tell_read(self, name: str) -> None:
-        self._unread.pop(self._full(name), None)
+        self._unread.pop(self.full_name(name), None)
         if self._on_progress is not None:
             self._on_progress(self._num_bytes - sum(self._unread.values()), self._num_bytes)
 
@@ -160,7 +174,7 @@ class Checkpoint:
         """Of a weight whose rows GGUF keeps in another order, the number of heads; else 0."""
         if self._gguf is not None and self._gguf.permutes_qk:
             for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-                if f".{part}." in self._full(name):
+                if f".{part}." in self.full_name(name):
                     return Fields(self.config).int(heads, low=1)
         return 0
 
@@ -173,11 +187,12 @@ class Checkpoint:
 
 def open_checkpoint(
     files: ModelFiles, dtype: torch.dtype, device: torch.device, on_progress: OnProgress | None = None,
-    activations: str = "fp32", deterministic: bool = False,
+    activations: str = "fp32", ranks: Ranks = ALONE, deterministic: bool = False,
 ) -> Checkpoint:
     """The checkpoint of a model on disk; `on_progress` is called after each tensor."""
+    architecture = files.gguf_architecture
     return Checkpoint(
-        files.config, dtype, device, files.tensors, files.gguf_architecture, on_progress, activations, deterministic
+        files.config, dtype, device, files.tensors, architecture, on_progress, activations, ranks, deterministic
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pelton.ops.parallel import ALONE, Ranks
 from pelton.quant.layout import W8A8, Blocks, Codebook4, Dense, Float8, Int, LinearWeight
 from pelton.weights.checkpoint import Checkpoint
 from pelton.weights.stored import BlockType
@@ -23,10 +24,12 @@ class DummyCheckpoint(Checkpoint):
 
     def __init__(
         self, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int = 0, scale: float = 0.02,
-        activations: str = "fp32", layout: str | None = None, deterministic: bool = False,
+        activations: str = "fp32", layout: str | None = None, ranks: Ranks = ALONE, deterministic: bool = False,
     ) -> None:
         """layout: of the layers' weights, of LAYOUTS; None: numbers."""
-        super().__init__(config, dtype, device, {}, activations=activations, deterministic=deterministic)
+        super().__init__(
+            config, dtype, device, {}, activations=activations, ranks=ranks, deterministic=deterministic
+        )
         self.num_weights = 0  # of what was asked for, here or through a view
         self._counter = self
         self._seed = seed
@@ -38,7 +41,7 @@ class DummyCheckpoint(Checkpoint):
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Normal with deviation `scale`; around 1 for norms."""
-        name = self._full(name)
+        name = self.full_name(name)
         self._counter.num_weights += math.prod(shape)
         if self.device.type == "meta":
             return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
@@ -47,10 +50,15 @@ class DummyCheckpoint(Checkpoint):
             values += 1
         return values.to(self.device, dtype or self.dtype)
 
-    def linear(self, name: str, shape: Shape) -> LinearWeight:
-        if self._layout is None or self.device.type == "meta" or ".layers." not in self._full(name):
-            return Dense(self.tensor(name, shape))
-        return LAYOUTS[self._layout](shape, self._scale, self._generator(self._full(name)))
+    def linear(
+        self, name: str, shape: Shape, rows: range | None = None, columns: range | None = None
+    ) -> LinearWeight:
+        if self._layout is None or self.device.type == "meta" or ".layers." not in self.full_name(name):
+            weight: LinearWeight = Dense(self.tensor(name, shape))
+        else:
+            weight = LAYOUTS[self._layout](shape, self._scale, self._generator(self.full_name(name)))
+        rows, columns = rows or range(shape[0]), columns or range(shape[1])
+        return weight if (len(rows), len(columns)) == shape else weight.part(rows, columns)
 
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pelton.errors import ModelFormatError
+from pelton.errors import ConfigError, ModelFormatError
 
 Buffer = mmap.mmap | bytes
 
@@ -23,6 +23,15 @@ class BlockType:
     name: str
     block_size: int
     block_bytes: int
+
+    def bytes_of(self, columns: range, what: str) -> slice:
+        """Where a row holds these columns. ConfigError, about the weight `what`, if they cut a block."""
+        if columns.start % self.block_size or columns.stop % self.block_size:
+            raise ConfigError(
+                f"{what} is stored in blocks of {self.block_size} columns ({self.name}), which would be cut at "
+                f"{columns.start} and {columns.stop}; use a smaller --tensor-parallel-size"
+            )
+        return slice(*(at // self.block_size * self.block_bytes for at in (columns.start, columns.stop)))
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,12 @@ class StoredTensor:
     @property
     def num_weights(self) -> int:
         return math.prod(self.shape)
+
+    def part(self, rows: range, columns: range) -> StoredTensor:
+        """Some adjacent rows and columns of a matrix: a view of the file if whole rows, else a copy. ConfigError if
+        the columns cut a block."""
+        by_row = self.data.reshape(self.shape[0], -1)[rows.start : rows.stop, self.type.bytes_of(columns, self.name)]
+        return StoredTensor(self.name, (len(rows), len(columns)), self.type, by_row.reshape(-1))
 
 
 def release(tensor: StoredTensor) -> None:

@@ -5,11 +5,15 @@
     once:PATH      fails if PATH exists, which the first build makes
 
 A prompt that begins with one of the tokens below makes the engine misbehave when it is computed.
+
+"fake_engine:build_worker" makes the runner of a rank beside rank 0, to which `args.model` applies as well.
 """
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pelton.config import CacheConfig, EngineArgs, KVGroup, SchedulerConfig
@@ -19,10 +23,12 @@ from pelton.engine.host import Engine
 from pelton.engine.messages import EngineInfo
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import StepPlan, StepResult
-from pelton.errors import DeviceLostError, ModelFormatError
+from pelton.errors import DeviceLostError, ModelFormatError, OutOfMemoryError
 from pelton.types import OnProgress
 
+CACHE = CacheConfig(block_size=16, num_blocks=1025, groups=(KVGroup(None, (0,)),), enable_prefix_caching=True)
 HANG, CRASH, FAIL, LOST = 101, 102, 103, 104  # a step that lasts; an engine, a request, a device that fails
+FULL = 105  # memory that runs out on all ranks but the first
 
 
 class Runner(FakeRunner):
@@ -42,6 +48,20 @@ class Runner(FakeRunner):
         return super().run(plan)
 
 
+class WorkerRunner(Runner):
+    """A prompt that begins with CRASH ends its process."""
+
+    place = 0
+
+    def run(self, plan: StepPlan) -> StepResult:
+        for request in plan.new:
+            if request.prompt_token_ids[0] == CRASH:
+                os._exit(7)
+            if request.prompt_token_ids[0] == FULL:
+                raise OutOfMemoryError("no room; lower something")
+        return super().run(plan)
+
+
 def build(args: EngineArgs, on_progress: OnProgress) -> Engine:
     kind, _, path = args.model.partition(":")
     if kind == "broken":
@@ -54,12 +74,21 @@ def build(args: EngineArgs, on_progress: OnProgress) -> Engine:
         Path(path).touch()
     on_progress(1, 2)
     on_progress(2, 2)
-    cache = CacheConfig(block_size=16, num_blocks=1025, groups=(KVGroup(None, (0,)),), enable_prefix_caching=True)
     limits = SchedulerConfig(
         max_num_seqs=16, max_num_batched_tokens=256, max_waiting=args.max_waiting or 20, max_model_len=512,
         enable_chunked_prefill=True,
     )  # fmt: skip
-    runner = Runner(cache, vocab_size=100)
+    runner = Runner(CACHE, vocab_size=100)
     runner.step_s = 0.01 if kind == "slow" else 0.0
     info = EngineInfo(512, 16384, "no kernels", ("a note",), ("a warning",))
-    return Engine(EngineCore(Scheduler(limits, cache), runner), info)
+    return Engine(EngineCore(Scheduler(limits, CACHE), runner), info)
+
+
+def build_worker(args: EngineArgs, rank: int, folder: Path, meet: Callable[[], None]) -> WorkerRunner:
+    if args.model == "broken":
+        raise ModelFormatError(f"tensor x is missing on rank {rank}")
+    if args.model == "buggy":
+        raise KeyError("x")
+    (folder / str(rank)).touch()
+    meet()
+    return WorkerRunner(CACHE, vocab_size=100)

@@ -10,9 +10,24 @@ import msgpack
 import pytest
 
 from pelton.config import EngineArgs
-from pelton.engine.messages import Abort, Close, EngineInfo, Failed, Progress, Ready, Refusal, Report, Start
+from pelton.engine.messages import (
+    Abort,
+    Begin,
+    Close,
+    EngineInfo,
+    Failed,
+    Finish,
+    Meet,
+    Met,
+    Progress,
+    Ready,
+    Refusal,
+    Report,
+    Run,
+    Start,
+)
 from pelton.engine.scheduler import SchedulerStats
-from pelton.engine.step import EngineRequest, TokenLogprobs, Update
+from pelton.engine.step import Chunk, EngineRequest, StepPlan, TokenLogprobs, Update
 from pelton.engine.wire import MAX_FRAME_BYTES, FrameParser, WireError, decode, encode
 from pelton.errors import OverloadedError, PeltonError, PromptTooLongError, RequestError
 from pelton.types import GuidedDecodingParams, RepetitionDetectionParams, SamplingParams
@@ -36,9 +51,12 @@ REQUEST = EngineRequest(
 )
 STATS = SchedulerStats(1, 2, 0.25, 4, 5, 6, 7, (1, 2))
 UPDATE = Update(7, [4], [TokenLogprobs([4, 5], [-0.5, -1.0], [1, 2])], [None, TokenLogprobs([1], [-2.0], [3])], "stop")
+CHUNKS = (Chunk(7, 3, 2, 1, ((4,), (5, 6)), False), Chunk(8, 0, 1, 0, ((1,), ()), True))
 MESSAGES = [
     Start(EngineArgs(model="m", served_model_name=["a", "b"])), REQUEST, Abort(3), Close(), Progress(1, 2),
     Ready(EngineInfo(512, 100, "k", ("a", "b"), ("c",))), Report(STATS, [UPDATE, Update(8)]),
+    Run(StepPlan(3, (EngineRequest(8, [1], SamplingParams()),), CHUNKS, (4, 5))), Begin(StepPlan(4, (), (), ())),
+    Finish(3), Meet(), Met(4),
 ]  # fmt: skip
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pelton.quant.layout import W8A8, Codebook4, Dense, Float8, Int, LinearWeight, Stack, fuse
+from pelton.errors import ConfigError
+from pelton.quant.layout import W8A8, Blocks, Codebook4, Dense, Float8, Int, LinearWeight, Stack, fuse
+from pelton.weights.dummy import LAYOUTS
+from pelton.weights.stored import BlockType
 
 
 def check(weight: LinearWeight) -> None:
@@ -118,3 +121,64 @@ def test_w8a8_shows_what_is_not_finite(value: float) -> None:
     x[1, 7] = value
     finite = weight.matmul(x).isfinite()
     assert finite[0].all() and not finite[1].any()
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def blocks(num_rows: int, num_blocks: int, row_ids: torch.Tensor | None = None) -> Blocks:
+    """Q8_0 with scales of 1 to 2: blocks of 32 columns."""
+    data = torch.randint(0, 256, (num_rows * num_blocks, 34), dtype=torch.uint8)
+    data[:, :2] = (torch.rand(len(data), 1) + 1).half().view(torch.uint8)
+    return Blocks(BlockType("Q8_0", 32, 34), data, (num_rows, num_blocks * 32), row_ids)
+
+
+def whole_weights() -> dict[str, LinearWeight]:
+    made = {name: make((6, 512), 0.05, torch.Generator().manual_seed(1)) for name, make in LAYOUTS.items()}
+    codes, order = torch.randint(0, 16, (6, 512), dtype=torch.uint8), torch.randperm(512)
+    by_row = Int(8, codes, torch.rand(6, 1), torch.rand(6, 1))
+    act_order = Int(4, codes, torch.rand(6, 4), 8, order)
+    return {
+        **made, "dense": Dense(torch.randn(6, 512)), "one group": by_row, "act-order": act_order,
+        "fp8 by row": Float8(float8(6, 512), torch.rand(6, 1), (1, 512)),
+        "blocks": blocks(6, 16), "blocks in another order": blocks(6, 16, torch.randperm(6)),
+    }
+
+
+@pytest.mark.parametrize("name", whole_weights())
+def test_a_part_is_cut_out_of_the_definition(name: str) -> None:
+    weight = whole_weights()[name]
+    cuts = [(range(2, 5), range(512)), (range(6), range(256, 512)), (range(1), range(256))]
+    for rows, columns in cuts[:1] if name == "act-order" else cuts:
+        part = weight.part(rows, columns)
+        assert type(part) is type(weight) and part.shape == (len(rows), len(columns))
+        whole = weight.dequantize()
+        assert torch.equal(part.dequantize(), whole[rows.start : rows.stop, columns.start : columns.stop])
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "message"),
+    [
+        ("gguf", range(128), r"blocks of 256 columns \(Q4_K\), which would be cut at 0 and 128"),
+        ("blocks", range(48, 512), "blocks of 32 columns .* cut at 48 and 512"),
+        ("gptq", range(64, 512), "groups of 128 columns, which would be cut at 64 and 512"),
+        ("awq", range(192), "groups of 128 columns, which would be cut at 0 and 192"),
+        ("bitsandbytes", range(32), "groups of 64 columns"),
+        ("fp8", range(64, 512), "groups of 128 columns, which would be cut at 64 and 512"),
+        ("act-order", range(256), "act-order"),
+    ],
+)
+def test_columns_that_are_kept_together_are_not_cut(name: str, columns: range, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        whole_weights()[name].part(range(6), columns)
+    assert "--tensor-parallel-size" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_parts_of_w8a8_round_no_more_than_the_whole() -> None:
+    weight = W8A8(torch.randint(0, 256, (9, 64), dtype=torch.uint8), torch.rand(9, 1))
+    x = torch.randn(20, 64)
+    x[:, 50] = 30.0  # one number makes the steps of all columns large; in parts, of its half only
+    exact = x @ weight.dequantize().T
+    halves = [range(32), range(32, 64)]
+    in_parts = sum(weight.part(range(9), half).matmul(x[:, half.start : half.stop]) for half in halves)
+    assert 0 < (in_parts - exact).norm() < (weight.matmul(x) - exact).norm()

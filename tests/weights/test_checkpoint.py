@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pelton.errors import ModelFormatError
+from pelton.errors import ConfigError, ModelFormatError
 from pelton.ops.native import native, reason
 from pelton.quant.layout import Blocks, Dense, fuse
 from pelton.quant.native import Packed, Table
@@ -112,6 +112,42 @@ def test_gguf_gives_back_what_was_converted(tmp_path: Path, arch: str, bias: boo
     files = write_gguf(tmp_path / "m.gguf", arch, tensors)
     assert files.config["tie_word_embeddings"] is False
     check_equal(read_all(files), tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("stored", ["Q8_0", "F16", "F32", "safetensors"])
+def test_a_rank_reads_its_share(tmp_path: Path, stored: str, dtype: torch.dtype) -> None:
+    """Whole heads of q and k, whose rows `llama` files keep interleaved; and columns, which blocks hold."""
+    tensors = llama_tensors(bias=False)
+    files = (
+        write_safetensors(tmp_path / "m", tensors) if stored == "safetensors"
+        else write_gguf(tmp_path / "m.gguf", "llama", tensors, stored)
+    )  # fmt: skip
+    layer = open_checkpoint(files, dtype, CPU).at("model.layers.0")
+    for name, shape, rows, columns in [
+        ("self_attn.q_proj.weight", (HEADS * HEAD, HIDDEN), range(2 * HEAD, 4 * HEAD), None),
+        ("self_attn.k_proj.weight", (KV_HEADS * HEAD, HIDDEN), range(HEAD), None),
+        ("mlp.down_proj.weight", (HIDDEN, FFN), None, range(32, 64)),
+        ("mlp.gate_proj.weight", (FFN, HIDDEN), range(40, 64), range(32)),
+    ]:
+        whole = layer.linear(name, shape).dequantize()
+        part = layer.packed(layer.linear(name, shape, rows, columns)).dequantize()
+        rows, columns = rows or range(shape[0]), columns or range(shape[1])
+        assert torch.equal(part.float(), whole[rows.start : rows.stop, columns.start : columns.stop].float())
+
+
+def test_a_share_does_not_cut_blocks(tmp_path: Path) -> None:
+    files = write_gguf(tmp_path / "m.gguf", "llama", llama_tensors(bias=False), "Q8_0")
+    layer = open_checkpoint(files, torch.float32, CPU).at("model.layers.0")
+    with pytest.raises(ConfigError, match=r"^blk.0.attn_output.weight is stored in blocks of 32 columns \(Q8_0\)"):
+        layer.linear("self_attn.o_proj.weight", (HIDDEN, HEADS * HEAD), None, range(16, 32))
+
+
+def test_whole_rows_of_a_share_stay_in_the_file(tmp_path: Path) -> None:
+    stored = write_safetensors(tmp_path, {"w": torch.randn(6, 8)}).tensors["w"]
+    part = stored.part(range(2, 4), range(8))
+    assert part.shape == (2, 8) and np.array_equal(part.data, stored.data[64:128])
+    assert part.data.ctypes.data == stored.data.ctypes.data + 64
 
 
 def test_norms_of_gemma(tmp_path: Path) -> None:
