@@ -69,6 +69,7 @@ def test_no_gpu(
 )
 def test_a_gpu_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch, error: str, says: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch, "ones", raising(RuntimeError(error)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "V100")

@@ -95,7 +95,7 @@ def test_deterministic_weights_are_multiplied_so(device: torch.device) -> None:
     parts = [Dense(random(num_out, 1100, seed=num_out).to(device)) for num_out in (48, 30)]
     weight = gpu.pack(Stack(parts), F32, deterministic=True)
     x, bias = random(20, 1100, seed=1).to(device), random(78, seed=2).to(device)
-    assert weight.gated(x, None, "silu") is None
+    assert weight.fused(x, None, gate="silu") is None
     for num_rows in (1, 3):
         assert torch.equal(weight.matmul(x[:num_rows], bias), weight.matmul(x, bias)[:num_rows])
         assert torch.equal(weight.logits(x[:num_rows]), weight.logits(x)[:num_rows])
