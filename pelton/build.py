@@ -163,13 +163,14 @@ def _open_checkpoint(
     args: EngineArgs, files: ModelFiles, config: EngineConfig, on_progress: OnProgress | None, ranks: Ranks
 ) -> Checkpoint:
     device, dtype = torch.device(config.device.kind), getattr(torch, config.model.dtype)
-    activations = config.device.activations
+    activations, deterministic = config.device.activations, config.device.deterministic
     if args.load_format == "dummy":
         layout = args.quantization if args.quantization in LAYOUTS else None
         return DummyCheckpoint(
-            files.config, dtype, device, args.seed, activations=activations, layout=layout, ranks=ranks
+            files.config, dtype, device, args.seed, activations=activations, layout=layout, deterministic=deterministic,
+            ranks=ranks,
         )
-    return open_checkpoint(files, dtype, device, on_progress, activations, ranks)
+    return open_checkpoint(files, dtype, device, on_progress, activations, deterministic, ranks)
 
 
 def _weight_bytes(architecture: type[Model], files: ModelFiles, ranks: Ranks) -> dict[str, int]:

@@ -24,6 +24,7 @@ KV_BYTES = {**DTYPE_BYTES, FP8: 1}
 KV_DTYPES = ("auto", *DTYPE_BYTES, "int8", "fp8")
 ACTIVATIONS = ("auto", "int8", "bf16", "fp32")
 DEFAULT_MODEL = "smollm2-135m-instruct"
+FEW_TOKENS = 8  # of a request in a step, which a GPU computes as that many decodes, and not as a chunk
 KINDS: dict[str, tuple[Any, str]] = {  # of an option, by its annotation
     "int": (int, "an integer"),
     "float": ((int, float), "a number"),
@@ -73,6 +74,7 @@ class EngineArgs:
     num_threads: int | None = None
     kv_cache_dtype: str = "auto"  # "auto": the compute dtype; one of KV_DTYPES
     cpu_activations: str = "auto"  # what products with quantised weights round their input to: ACTIVATIONS
+    deterministic: bool = False  # on a GPU: answers do not depend on what is computed beside them; on a CPU never do
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -267,6 +269,7 @@ class SchedulerConfig:
     max_waiting: int  # requests that wait; more are refused
     max_model_len: int
     enable_chunked_prefill: bool
+    deterministic: bool = False  # a token is always computed as a chunk's, or always as a decode: see Scheduler
 
 
 @dataclass(frozen=True)
@@ -279,6 +282,7 @@ class DeviceConfig:
     seed: int
     cpus: tuple[int, ...] = ()  # the processors the threads are bound to; empty: not bound
     activations: str = "fp32"  # of products with quantised weights on a CPU: "int8", "bf16" or "fp32"
+    deterministic: bool = False  # on a GPU, kernels that give a row the same bits in any company
 
 
 @dataclass(frozen=True)
@@ -300,6 +304,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
     """
     notes: list[str] = []
     warnings: list[str] = []
+    device_config = _device_config(args, device, env)
     dtype = _choose_dtype(args, model.dtype, device, notes)
     max_num_seqs = args.max_num_seqs or (64 if device.kind == "cpu" else 256)
     model_len = _context_length(args, model.max_len)
@@ -326,11 +331,34 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
             max_waiting=args.max_waiting or 16 * max_num_seqs,
             max_model_len=max_model_len,
             enable_chunked_prefill=args.enable_chunked_prefill,
+            deterministic=device_config.deterministic,
         ),
-        device=_device_config(args, device, env),
+        device=device_config,
         notes=tuple(notes),
         warnings=tuple(warnings),
     )
+
+
+def _is_deterministic(args: EngineArgs, device: DeviceFacts) -> bool:
+    """Whether kernels and plans are to be those that make answers independent of company; a CPU's always are."""
+    if args.deterministic and not device.keeps_formats:
+        raise ConfigError(
+            f"--deterministic: on {device.name} pelton computes in plain torch, which does not promise that; leave the "
+            "flag out"
+        )
+    if args.deterministic and args.tensor_parallel_size > 2:
+        raise ConfigError(
+            f"--deterministic: in which order {args.tensor_parallel_size} ranks are summed depends on the number of "
+            "rows; use --tensor-parallel-size 1 or 2"
+        )
+    if not args.deterministic or device.kind == "cpu":
+        return False
+    if args.max_num_batched_tokens is not None and args.max_num_batched_tokens <= 2 * FEW_TOKENS:
+        raise ConfigError(
+            f"--deterministic: --max-num-batched-tokens must be more than {2 * FEW_TOKENS}, got "
+            f"{args.max_num_batched_tokens}"
+        )
+    return True
 
 
 def _choose_dtype(args: EngineArgs, trained: str, device: DeviceFacts, notes: list[str]) -> str:
@@ -362,7 +390,7 @@ def _choose_kv_dtype(args: EngineArgs, dtype: str, device: DeviceFacts) -> str:
 
 
 def _device_config(args: EngineArgs, device: DeviceFacts, env: Environment) -> DeviceConfig:
-    """Threads, their processors, and the precision of products."""
+    """Threads, their processors, and the precision and the kernels of products."""
     bound = _parse_cpus(env.cpu_binding, device) if device.kind == "cpu" else ()
     # From 8 cores on, one is left to the server's own process.
     default = len(bound) or (device.num_cores if device.num_cores < 8 else device.num_cores - 1)
@@ -380,7 +408,8 @@ def _device_config(args: EngineArgs, device: DeviceFacts, env: Environment) -> D
     if activations == "auto":
         activations = "fp32" if DTYPE_NAMES[args.dtype] == "float32" else "int8"
     return DeviceConfig(
-        device.kind, num_threads, args.enforce_eager, args.seed, tuple(bound[:num_threads]), activations
+        device.kind, num_threads, args.enforce_eager, args.seed, tuple(bound[:num_threads]), activations,
+        _is_deterministic(args, device),
     )
 
 

@@ -177,6 +177,23 @@ def test_activations(args: dict[str, Any], activations: str) -> None:
     assert decide(args).device.activations == activations
 
 
+def test_deterministic_where_kernels_are() -> None:
+    """On a CPU the flag changes nothing; elsewhere it is refused where it could not be kept."""
+    model = replace(MODEL, weight_bytes={**WEIGHTS, "stored": GIB // 2})
+    gpu = replace(CPU, kind="cuda", name="a GPU", keeps_formats=True)
+    for device, expected in ((replace(CPU, keeps_formats=True), False), (gpu, True)):
+        config = decide({"deterministic": True}, model=model, device=device)
+        assert config.device.deterministic == config.scheduler.deterministic == expected
+    assert not decide(model=model, device=gpu).device.deterministic
+    with pytest.raises(ConfigError, match="--deterministic: on a CPU pelton computes in plain torch"):
+        decide({"deterministic": True})
+    with pytest.raises(ConfigError, match="--max-num-batched-tokens must be more than 16, got 16"):
+        decide({"deterministic": True, "max_num_batched_tokens": 16}, model=model, device=gpu)
+    assert decide({"deterministic": True, "tensor_parallel_size": 2}, model=model, device=gpu).device.deterministic
+    with pytest.raises(ConfigError, match="--deterministic: in which order 4 ranks .*-parallel-size 1 or 2$"):
+        decide({"deterministic": True, "tensor_parallel_size": 4}, model=model, device=gpu)
+
+
 def test_formats_are_kept_where_kernels_read_them() -> None:
     """Memory is counted as the file's, and bfloat16 needs no instructions of its own."""
     model = replace(MODEL, weight_bytes={**WEIGHTS, "stored": GIB // 2})

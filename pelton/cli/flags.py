@@ -46,6 +46,7 @@ ENGINE_FLAGS = {
     "num_threads": "threads to compute with on a CPU [OMP_NUM_THREADS, else the cores]",
     "kv_cache_dtype": "what keys and values are kept in: auto, float32, bfloat16, float16, int8, fp8 (some GPUs)",
     "cpu_activations": "precision of products with quantised weights on a CPU: auto, int8, bf16, fp32",
+    "deterministic": "on a GPU: the same answer whatever is computed beside it, a little slower; on a CPU it always is",
 }
 SAMPLING_FLAGS = {
     "max_tokens": "most tokens to generate",

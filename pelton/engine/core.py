@@ -105,7 +105,7 @@ class EngineCore:
                 raise
             self._note_failure(plan, error)
             is_memory = isinstance(error, OutOfMemoryError)
-            if len(plan.chunks) == 1 and not (is_memory and plan.num_tokens > 1):
+            if len(plan.chunks) == 1 and not (is_memory and self.scheduler.can_cut(plan.chunks[0])):
                 return plan.chunks, _failed(plan, error)
         if len(plan.chunks) == 1:
             return self._run(replace(plan, chunks=(_first_half(plan.chunks[0]),)))
@@ -131,7 +131,7 @@ class EngineCore:
 
 
 def _failed(plan: StepPlan, error: Exception) -> StepResult:
-    """The result of a plan of one chunk, which is a single token where memory ran out."""
+    """The result of a plan of one chunk, which cannot be cut where memory ran out."""
     request_id = plan.chunks[0].request_id
     logger.error("request %d failed in step %d", request_id, plan.step_id, exc_info=error)
     if isinstance(error, OutOfMemoryError):

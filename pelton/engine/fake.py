@@ -44,6 +44,14 @@ class FakeRunner:
         """The requests that the runner keeps state for."""
         return set(self._requests)
 
+    def num_prompt(self, request_id: int) -> int:
+        """Tokens of a request's prompt."""
+        return len(self._requests[request_id].spec.prompt_token_ids)
+
+    def tables_of(self, request_id: int) -> list[list[int]]:
+        """A request's block tables, as it has been told them."""
+        return self._requests[request_id].tables
+
     def run(self, plan: StepPlan) -> StepResult:
         """Write all chunks into the cache, then read each request's context back, as a layer does."""
         for spec in plan.new:

@@ -23,10 +23,14 @@ class KVTables:
     only by requests of one salt whose tokens are the same from the first on.
     """
 
-    def __init__(self, pool: BlockPool, cache: CacheConfig, cache_salt: str = "") -> None:
+    def __init__(
+        self, pool: BlockPool, cache: CacheConfig, cache_salt: str = "", most_shared: int | None = None
+    ) -> None:
+        """most_shared: only blocks within so many tokens are given to others."""
         self._pool = pool
         self._block_size = cache.block_size
         self._shares = cache.enable_prefix_caching
+        self._most_shared = sys.maxsize if most_shared is None else most_shared
         self._windows = [group.window for group in cache.groups]
         self._tables: list[list[int]] = [[] for _ in cache.groups]
         self._num_left = [0] * len(cache.groups)  # for each table, how many null blocks it begins with
@@ -83,7 +87,7 @@ class KVTables:
     def commit(self, token_ids: Sequence[int], num_computed: int) -> None:
         """The first `num_computed` tokens are in the cache: share the blocks that are full, drop what no query sees."""
         if self._shares:
-            for index in range(self._num_registered, num_computed // self._block_size):
+            for index in range(self._num_registered, min(num_computed, self._most_shared) // self._block_size):
                 digest = self._digest(token_ids, index)
                 for group, table in enumerate(self._tables):
                     self._pool.register(table[index], (group, digest))

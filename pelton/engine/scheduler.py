@@ -11,6 +11,11 @@ A waiting request does not preempt a running one, whatever its priority: it gets
 Where the memory did not hold a step, steps are smaller for a while (shrink), and the running requests of worst rank
 give up their blocks if there are more of them than tokens.
 
+With `deterministic` each token is always computed by the same kernel, as a GPU has one for chunks and one for at most
+FEW_TOKENS tokens of a request: prompts in chunks of more, unless they are no longer, what was generated in chunks of at
+most so many, should it be computed again. Of a prompt more than FEW_TOKENS are computed, whatever is found of it, and
+only blocks of prompts are shared. A prompt may have to wait for a step that has room for such a chunk.
+
 commit() goes by the plan it is given and skips requests that have ended meanwhile, and a block that is given back
 is written again only by a later plan. So a loop may plan step n + 1 while step n runs (schedule_ahead).
 """
@@ -24,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pelton.config import CacheConfig, SchedulerConfig, blocks_for
+from pelton.config import FEW_TOKENS, CacheConfig, SchedulerConfig, blocks_for
 from pelton.engine.block_pool import BlockPool
 from pelton.engine.kv_tables import KVTables
 from pelton.engine.request import Request
@@ -73,6 +78,7 @@ class Scheduler:
         self._waiting: list[Request] = []  # by rank
         self._running: list[Request] = []  # by rank
         self._gone: list[int] = []  # ended since the last plan
+        self._untold: list[EngineRequest] = []  # scheduled, and perhaps unknown to the runner
         self._aborted: list[Update] = []  # to be delivered by the next commit
         self._num_added = 0
         self._num_steps = 0
@@ -106,7 +112,7 @@ class Scheduler:
         if len(self._waiting) >= self._config.max_waiting:
             raise OverloadedError(f"the queue is full ({len(self._waiting)} requests wait); try again later")
         self._num_added += 1
-        kv = KVTables(self._pool, self._cache, spec.cache_salt)
+        kv = KVTables(self._pool, self._cache, spec.cache_salt, self._most_shared(num_prompt))
         request = Request(spec, (spec.priority, self._num_added), kv, max_tokens, max_model_len)
         self._requests[spec.request_id] = request
         insort(self._waiting, request, key=_rank)
@@ -139,7 +145,8 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step's plan: at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests."""
         chunks: list[Chunk] = []
-        new: list[EngineRequest] = []
+        new = [spec for spec in self._untold if spec.request_id in self._requests]
+        self._untold = []
         budget, is_short = self._schedule_running(chunks)
         if not is_short:
             self._schedule_waiting(chunks, new, budget)
@@ -148,42 +155,71 @@ class Scheduler:
         return StepPlan(self._num_steps, tuple(new), tuple(chunks), gone)
 
     def schedule_ahead(self, plan: StepPlan) -> StepPlan | None:
-        """The plan after one that still runs: the token behind it of each of its requests that will not have ended then
-        for certain. One that ends unexpectedly is computed in vain. None if that needs results of `plan`, or if other
-        requests are to be served.
+        """The plan after one that still runs: what is left of its prompts, the token behind each of its other requests,
+        and new requests in the room that is left. Requests that will have ended for certain are left out; one that ends
+        unexpectedly is computed in vain. None if that needs results of `plan`, or more blocks than are free.
         """
-        live = [(request, chunk) for chunk in plan.chunks if (request := self._requests.get(chunk.request_id))]
-        can_admit = self._waiting and len(self._running) < self._max_running
-        if can_admit or len(live) != len(self._running):
+        ends = {chunk.request_id: chunk for chunk in plan.chunks}
+        if any(request.request_id not in ends for request in self._running):
             return None
-        if any(not chunk.sample or request.spec.needs_results for request, chunk in live):
+        if any(ends[request.request_id].sample and request.spec.needs_results for request in self._running):
             return None
-        starts = [(request, chunk.start + chunk.num_tokens) for request, chunk in live]
-        starts = [(request, start) for request, start in starts if not request.ends_at(start + 1)]
-        if not starts or sum(request.kv.num_missing(start + 1) for request, start in starts) > self._pool.num_free:
+        budget = self._max_tokens
+        nexts: list[tuple[Request, int, int]] = []
+        for num_behind, request in zip(reversed(range(len(self._running))), self._running, strict=True):
+            chunk = ends[request.request_id]
+            start, num_known = chunk.start + chunk.num_tokens, len(request.token_ids)
+            if start < num_known:
+                num_tokens = self._num_next(request, start, budget - num_behind)
+            else:
+                num_tokens = int(chunk.sample and not request.ends_at(num_known + 1))
+            if num_tokens:
+                nexts.append((request, start, num_tokens))
+                budget -= num_tokens
+        num_missing = sum(request.kv.num_missing(start + num_tokens) for request, start, num_tokens in nexts)
+        if num_missing > self._pool.num_free:
             return None
-        chunks = []
-        for request, start in starts:
-            request.kv.grow(start + 1)
-            first = start // self._cache.block_size
-            chunks.append(Chunk(request.request_id, start, 1, first, request.kv.entries(first), sample=True))
-        running = {chunk.request_id for chunk in plan.chunks}  # of which the runner may still need all it knows
-        gone = tuple(request_id for request_id in self._gone if request_id not in running)
-        self._gone = [request_id for request_id in self._gone if request_id in running]
+        chunks = [self._chunk_ahead(*each) for each in nexts]
+        new: list[EngineRequest] = []
+        self._schedule_waiting(chunks, new, budget)
+        if not chunks:
+            return None
+        gone = tuple(request_id for request_id in self._gone if request_id not in ends)
+        self._gone = [request_id for request_id in self._gone if request_id in ends]  # the runner may still need them
         self._count(chunks)
-        return StepPlan(self._num_steps, (), tuple(chunks), gone)
+        return StepPlan(self._num_steps, tuple(new), tuple(chunks), gone)
+
+    def _chunk_ahead(self, request: Request, start: int, num_tokens: int) -> Chunk:
+        """A running request's chunk behind one that still runs."""
+        end, first = start + num_tokens, start // self._cache.block_size
+        request.kv.grow(end)
+        sample = end >= len(request.token_ids) and request.max_tokens > 0
+        return Chunk(request.request_id, start, num_tokens, first, request.kv.entries(first), sample)
 
     def take_back(self, plan: StepPlan) -> None:
-        """Forget a plan of schedule_ahead(); what it would have computed is planned again."""
+        """Forget a plan of schedule_ahead(), which the runner may not have seen; what it would have computed is planned
+        again."""
         self._gone += plan.gone
+        self._untold += plan.new
+        for chunk in plan.chunks:  # a request whose table the runner may not know waits for another
+            request = self._requests.get(chunk.request_id)
+            if chunk.table_start == 0 and request is not None and request.is_running:
+                self._preempt(request)
+
+    def can_cut(self, chunk: Chunk) -> bool:
+        """Whether half of a chunk can be computed without the rest."""
+        if self._config.deterministic and FEW_TOKENS < chunk.num_tokens <= 2 * FEW_TOKENS + 1:
+            return False
+        return chunk.num_tokens > 1
 
     def shrink(self, num_tokens: int) -> None:
         """A step of so many tokens did not fit the memory: for a while each has at most half of them."""
-        self._max_tokens, self._num_calm = max(1, min(self._max_tokens, num_tokens // 2)), 0
+        least = 2 * FEW_TOKENS + 1 if self._config.deterministic else 1  # of which the smallest chunk may consist
+        self._max_tokens, self._num_calm = max(least, min(self._max_tokens, num_tokens // 2)), 0
         logger.warning("a step of %d tokens did not fit the memory; the next have at most %d", num_tokens,
                        self._max_tokens)
         while len(self._running) > self._max_running:
-            self._preempt_last()
+            self._preempt(self._running[-1])
 
     def _grow(self) -> None:
         """A step fitted."""
@@ -214,7 +250,9 @@ class Scheduler:
         num_before, is_short = len(self._running), False
         for index, request in enumerate(self._running):  # preemption shortens the list behind the current request
             num_behind = len(self._running) - index - 1  # a token is kept for each of them
-            num_tokens = min(request.num_left, budget - num_behind)
+            num_tokens = self._num_next(request, request.num_computed, budget - num_behind)
+            if not num_tokens:
+                continue
             if self._make_room(request, num_tokens):
                 chunks.append(_chunk(request, num_tokens, request.num_computed // self._cache.block_size))
                 budget -= num_tokens
@@ -222,19 +260,32 @@ class Scheduler:
                 is_short = True
         return budget, is_short or len(self._running) < num_before
 
+    def _num_next(self, request: Request, start: int, room: int) -> int:
+        """How many of a request's tokens from `start` on the next step computes, of at most `room`; 0: it waits."""
+        num_left = min(len(request.token_ids) - start, room)
+        prompt_left = request.num_prompt - start
+        if not self._config.deterministic:
+            return num_left
+        if request.num_prompt <= FEW_TOKENS or prompt_left <= 0:
+            return min(num_left, FEW_TOKENS)
+        if prompt_left <= room:
+            return prompt_left
+        num_tokens = min(room, prompt_left - FEW_TOKENS - 1)  # what is left is to be a chunk too
+        return num_tokens if num_tokens > FEW_TOKENS else 0
+
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Give a running request blocks for its next tokens, preempting those that rank below it if need be."""
         num_known = request.num_computed + num_tokens
         while request.kv.num_missing(num_known) > self._pool.num_free:
             if self._running[-1] is request:
                 return False
-            self._preempt_last()
+            self._preempt(self._running[-1])
         request.kv.grow(num_known)
         return True
 
-    def _preempt_last(self) -> None:
-        """Take the blocks of the running request of worst rank. Those that are full can be found while they last."""
-        request = self._running.pop()
+    def _preempt(self, request: Request) -> None:
+        """Take the blocks of a running request. Those that are full can be found while they last."""
+        self._running.remove(request)
         request.is_running = False
         request.num_computed = 0
         request.kv.free()
@@ -245,16 +296,28 @@ class Scheduler:
         """Admit waiting requests in order of rank, until one does not fit."""
         while self._waiting and budget and len(self._running) < self._max_running:
             request = self._waiting[0]
-            prefix = request.kv.find_prefix(request.token_ids, request.max_prefix)
-            num_left = len(request.token_ids) - len(prefix[0]) * self._cache.block_size
-            if num_left > budget and not (self._config.enable_chunked_prefill or self._is_reduced):
+            prefix = request.kv.find_prefix(request.token_ids, self._max_prefix(request))
+            start = len(prefix[0]) * self._cache.block_size
+            num_tokens, most = (self._num_next(request, start, room) for room in (budget, request.max_model_len))
+            if num_tokens < (1 if self._config.enable_chunked_prefill or self._is_reduced else most):
                 return
             if not self._has_room(request, prefix):
                 return
-            num_tokens = min(num_left, budget)
             self._admit(request, prefix, num_tokens, new)
             chunks.append(_chunk(request, num_tokens, 0))
             budget -= num_tokens
+
+    def _most_shared(self, num_prompt: int) -> int | None:
+        """Tokens of a request whose blocks others may find, or None: all."""
+        if not self._config.deterministic:
+            return None
+        return num_prompt if num_prompt > FEW_TOKENS else 0
+
+    def _max_prefix(self, request: Request) -> int:
+        """Tokens that may come from the prefix cache."""
+        if not self._config.deterministic:
+            return request.max_prefix
+        return min(request.max_prefix, request.num_prompt - FEW_TOKENS - 1)
 
     def _has_room(self, request: Request, prefix: list[list[int]]) -> bool:
         """Whether all tokens known of a request fit beside its prefix, not only its first chunk: a request that is

@@ -1,5 +1,6 @@
 """Weights on a GPU: numbers, or codes in tiles. Few rows are multiplied at the speed of reading the weight; for many,
-codes are opened into numbers, which cost little beside the product.
+codes are opened into numbers, which cost little beside the product. Deterministic weights are multiplied by one kernel
+in one order of sums, whatever the number of rows: a row's result does not depend on the others.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pelton import ops
-from pelton.ops.cuda import few_rows, int8, rows
+from pelton.ops.cuda import few_rows, int8, rows, same_rows
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 from pelton.quant import CODED
 from pelton.quant.codes import Codes
@@ -47,19 +48,25 @@ class Whole(OnGPU):
     """A weight in one layout."""
 
     operand: Tensor | Tiles  # what is multiplied with
+    deterministic: bool
     then: Tensor | Tiles | None = None  # what is multiplied with after it in a step
 
     def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
-        if _order is not None or not self._is_for_few(x) or not few_rows.accepts_gated(x, self.operand):
+        some = x[:1] if self.deterministic else x  # any number of rows is multiplied, a few at a time
+        if _order is not None or not self._is_for_few(x) or not few_rows.accepts_gated(some, self.operand):
             return None
         out = x.new_empty(x.shape[0], self.shape[0] // 2)
-        few_rows.multiply(x, self.operand, out, bias, gate=gate, then=self.then)
+        multiply = same_rows.multiply if self.deterministic else few_rows.multiply
+        multiply(x, self.operand, out, bias, gate=gate, then=self.then)
         return out
 
     def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
         weight = self.operand
         if _order is not None:
             _order.append(self)
+        if self.deterministic:
+            same_rows.multiply(x, weight, out, bias, accumulate, then=self.then)
+            return
         if self._is_for_few(x) and few_rows.accepts(x, weight):
             few_rows.multiply(x, weight, out, bias, accumulate, then=self.then)
             return
@@ -77,7 +84,7 @@ class Whole(OnGPU):
 
     def _is_for_few(self, x: Tensor) -> bool:
         """Whether x has so few rows that torch is not as fast."""
-        return isinstance(self.operand, Tiles) or x.shape[0] <= MAX_DENSE_ROWS
+        return isinstance(self.operand, Tiles) or (x.shape[0] <= MAX_DENSE_ROWS and not self.deterministic)
 
 
 _order: list[Whole] | None = None
@@ -100,8 +107,9 @@ def noting_order() -> Iterator[None]:
 class Numbers(Whole):
     """A weight in the compute dtype."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, deterministic: bool = False) -> None:
         self.operand = self.weight = weight  # [N, K]
+        self.deterministic = deterministic
         self.shape = (weight.shape[0], weight.shape[1])
 
     def dequantize(self) -> Tensor:
@@ -114,9 +122,10 @@ class Numbers(Whole):
 class Tiled(Whole):
     """A quantised weight, at file precision."""
 
-    def __init__(self, tiles: Tiles, dtype: torch.dtype) -> None:
+    def __init__(self, tiles: Tiles, dtype: torch.dtype, deterministic: bool = False) -> None:
         """dtype: what the weight is opened to."""
         self.operand = self.tiles = tiles
+        self.deterministic = deterministic
         self.shape = tiles.shape
         self.dtype = dtype
 
@@ -183,28 +192,28 @@ class Column(OnGPU):
         return torch.cat([part.dequantize() for part in self.parts])
 
 
-def pack(weight: LinearWeight, dtype: torch.dtype) -> LinearWeight:
+def pack(weight: LinearWeight, dtype: torch.dtype, deterministic: bool = False) -> LinearWeight:
     """`weight`, on a GPU, in the layout that is multiplied fastest there."""
     if isinstance(weight, Stack):
         runs = [list(run) for _, run in groupby(weight.parts, key=_kind)]
-        parts = [part for run in runs for part in _join(run, dtype)]
+        parts = [part for run in runs for part in _join(run, dtype, deterministic)]
         return parts[0] if len(parts) == 1 else Column(parts)
-    return _join([weight], dtype)[0]
+    return _join([weight], dtype, deterministic)[0]
 
 
-def _join(parts: Sequence[LinearWeight], dtype: torch.dtype) -> list[OnGPU]:
+def _join(parts: Sequence[LinearWeight], dtype: torch.dtype, deterministic: bool) -> list[OnGPU]:
     """Parts of one kind as one weight, or each alone where tiles do not fit together."""
     first = parts[0]
     if isinstance(first, Int) and first.order is not None:  # alone: `_kind` puts it with no other
         unordered = Int(first.bits, first.codes, first.scales, first.zeros)
-        return [Ordered(_join([unordered], dtype)[0], first.order)]
+        return [Ordered(_join([unordered], dtype, deterministic)[0], first.order)]
     if isinstance(first, W8A8):
         return [Int8((first.codes - 128).view(torch.int8).contiguous(), first.scales.flatten(), dtype)]
     if len(parts) > 1 and any(part.shape[0] % ROWS for part in parts[:-1]):
-        return [joined for part in parts for joined in _join([part], dtype)]
+        return [joined for part in parts for joined in _join([part], dtype, deterministic)]
     if isinstance(first, Dense) or first.shape[1] % COLUMNS or dtype not in few_rows.HALVES:
-        return [Numbers(torch.cat([part.dequantize().to(dtype) for part in parts]))]
-    return [Tiled(make_tiles(_concatenate([_codes(part) for part in parts])), dtype)]
+        return [Numbers(torch.cat([part.dequantize().to(dtype) for part in parts]), deterministic)]
+    return [Tiled(make_tiles(_concatenate([_codes(part) for part in parts])), dtype, deterministic)]
 
 
 def _kind(weight: LinearWeight) -> object:

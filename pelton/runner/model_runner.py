@@ -52,6 +52,7 @@ class ModelRunner:
         max_blocks = -(-limits.max_model_len // kv.block_size)
         self.buffers = BatchBuffers(kv, limits.max_num_batched_tokens, limits.max_num_seqs, max_blocks)
         self.graph: Captured | None = None
+        self._has_prompt_attention = kv.device.type == "cuda" and not config.device.deterministic
         self._newest: tuple[Tensor, dict[int, int]]  # samples of the newest step, on the device, and their requests
         self.why_eager = ""  # a line for a person, where steps run eagerly but need not have
         if not config.device.enforce_eager:
@@ -166,7 +167,7 @@ class ModelRunner:
         """Hidden states [T, d_model] of what was filled in, and the logits [M, V] of its sampled rows."""
         self.buffers.upload(len(chunks))
         are_prompts = starts[-1] >= LONG_PROMPT * len(chunks) and all(chunk.start == 0 for chunk in chunks)
-        prompts = list(pairwise(starts)) if are_prompts and self.device.type == "cuda" else ()
+        prompts = list(pairwise(starts)) if are_prompts and self._has_prompt_attention else ()
         hidden = self.model.forward(self.buffers.batch(starts[-1], len(chunks), prompts))
         if num_sampled == 0:
             return hidden, hidden[:0]

@@ -44,14 +44,16 @@ class Checkpoint:
         gguf: Architecture | None = None,
         on_progress: OnProgress | None = None,
         activations: str = "fp32",
+        deterministic: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
-        """activations: what products with packed weights round their input to, see quant/native.py. ranks: of which
-        this one reads its share."""
+        """activations: what products with packed weights round their input to, see quant/native.py. deterministic: on a
+        GPU, see quant/gpu.py. ranks: of which this one reads its share."""
         self.config = dict(config)
         self.dtype = dtype
         self.device = device
         self.activations = activations
+        self.deterministic = deterministic
         self.ranks = ranks
         self._tensors = tensors
         self._gguf = gguf
@@ -113,7 +115,7 @@ class Checkpoint:
         """`weight` in the order that the device multiplies fastest."""
         if self.device.type == "cuda":
             self._kept.clear()
-            return weight if gpu.why_not() else _pack_on_gpu(weight, self.dtype)
+            return weight if gpu.why_not() else _pack_on_gpu(weight, self.dtype, self.deterministic)
         if self.device.type == "meta":
             return weight
         packed = pack(weight, self.activations, self.dtype)
@@ -185,17 +187,19 @@ class Checkpoint:
 
 def open_checkpoint(
     files: ModelFiles, dtype: torch.dtype, device: torch.device, on_progress: OnProgress | None = None,
-    activations: str = "fp32", ranks: Ranks = ALONE,
+    activations: str = "fp32", deterministic: bool = False, ranks: Ranks = ALONE,
 ) -> Checkpoint:
     """The checkpoint of a model on disk; `on_progress` is called after each tensor."""
-    architecture = files.gguf_architecture
-    return Checkpoint(files.config, dtype, device, files.tensors, architecture, on_progress, activations, ranks)
+    return Checkpoint(
+        files.config, dtype, device, files.tensors, files.gguf_architecture, on_progress, activations, deterministic,
+        ranks,
+    )
 
 
-def _pack_on_gpu(weight: LinearWeight, dtype: torch.dtype) -> LinearWeight:
+def _pack_on_gpu(weight: LinearWeight, dtype: torch.dtype, deterministic: bool) -> LinearWeight:
     from pelton.quant.gpu import pack as pack_on_gpu  # its kernels need Triton
 
-    return pack_on_gpu(weight, dtype)
+    return pack_on_gpu(weight, dtype, deterministic)
 
 
 def decode(stored: StoredTensor, dtype: torch.dtype, device: torch.device, interleaved_heads: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pelton.config import CacheConfig, KVGroup, SchedulerConfig
+from pelton.config import FEW_TOKENS, CacheConfig, KVGroup, SchedulerConfig
 from pelton.engine.core import EngineCore
 from pelton.engine.fake import FakeRunner
 from pelton.engine.scheduler import Scheduler
@@ -59,11 +59,15 @@ class Engine:
         max_model_len: int = 128,
         chunked: bool = True,
         plans_ahead: bool = False,
+        deterministic: bool = False,
     ) -> None:
-        """plans_ahead: a step is planned while the one before runs, where that can be."""
+        """plans_ahead: a step is planned while the one before runs, where that can be. deterministic: it is checked
+        that each token a request sees was computed by the kernel that always computes it."""
         groups = tuple(KVGroup(window, (layer,)) for layer, window in enumerate(windows))
         self.cache = CacheConfig(block_size, num_blocks, groups, caching)
-        self.config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_waiting, max_model_len, chunked)
+        limits = max_num_seqs, max_num_batched_tokens, max_waiting, max_model_len
+        self.config = SchedulerConfig(*limits, chunked, deterministic)
+        self.kernels: dict[tuple[int, int], bool] = {}  # of each slot, whether it was computed as a chunk's
         self.now = 0.0
         self.scheduler = Scheduler(self.config, self.cache, lambda: self.now)
         self.runner = FakeRunner(self.cache)
@@ -93,9 +97,11 @@ class Engine:
         self.plan, self.while_running = None, while_running
         num_unfit, self.num_unfit = self.num_unfit, None
         updates = self.core.step()
+        assert not self.runner.faults, self.runner.faults
         assert self.plan is not None
         if num_unfit:
-            assert self.plan.num_tokens <= max(1, num_unfit // 2), "no smaller step where memory ran out"
+            least = 17 if self.config.deterministic else 1
+            assert self.plan.num_tokens <= max(least, num_unfit // 2), "no smaller step where memory ran out"
         self.num_ahead += self.core._ahead is not None
         for update in updates:
             self.stories[update.request_id].tell(update)
@@ -113,7 +119,10 @@ class Engine:
             self.plan = plan
             self.while_running()
         try:
-            return self.runner.run(plan)
+            result = self.runner.run(plan)
+            if self.config.deterministic:
+                self._check_kernels(plan)
+            return result
         except OutOfMemoryError:
             failing = {*self.runner.raises, *self.runner.errors}
             is_one = plan.num_tokens == 1 or any(chunk.request_id in failing for chunk in self.plan.chunks)
@@ -151,6 +160,21 @@ class Engine:
         assert set(ids) <= self.seen, "a chunk of a request that the runner does not know"
         assert set(plan.gone) <= self.seen, "a request is gone that never was"
         assert not set(plan.gone) & set(ids)
+
+    def _check_kernels(self, plan: StepPlan) -> None:
+        """What a request sees was computed in chunks of many tokens where it is a prompt of many, else in few."""
+        size = self.cache.block_size
+        for chunk in plan.chunks:
+            for table in self.runner.tables_of(chunk.request_id):
+                for p in range(chunk.start, chunk.start + chunk.num_tokens):
+                    self.kernels[table[p // size], p % size] = chunk.num_tokens > FEW_TOKENS
+        for chunk in plan.chunks:
+            num_prompt, end = self.runner.num_prompt(chunk.request_id), chunk.start + chunk.num_tokens
+            for group, table in zip(self.cache.groups, self.runner.tables_of(chunk.request_id), strict=True):
+                for p in range(0 if group.window is None else max(0, chunk.start - group.window + 1), end):
+                    is_chunks = p < num_prompt and num_prompt > FEW_TOKENS
+                    if self.kernels[table[p // size], p % size] != is_chunks:
+                        self.runner.faults.append(f"position {p} that {chunk} sees was computed by the other kernel")
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pelton.config import CacheConfig, KVGroup, SchedulerConfig
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import EngineRequest, StepPlan, StepResult
-from pelton.errors import ConfigError, OverloadedError, PromptTooLongError, RequestError
+from pelton.errors import ConfigError, OutOfMemoryError, OverloadedError, PromptTooLongError, RequestError
 from pelton.types import SamplingParams
 
 
@@ -135,6 +137,71 @@ def test_the_runner_hears_of_each_request_once_and_of_its_end_once(make_engine) 
     plans = [engine.step() for _ in range(4)]
     assert [[spec.request_id for spec in plan.new] for plan in plans] == [[0], [], [], []]
     assert [list(plan.gone) for plan in plans] == [[], [], [0], []]
+
+
+# --- deterministic ------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_cut_into_chunks_of_more_than_eight_tokens(make_engine) -> None:
+    engine = make_engine(max_num_batched_tokens=20, deterministic=True)
+    for length, sizes in ((6, [6]), (20, [20]), (21, [12, 9]), (38, [20, 18]), (48, [20, 19, 9])):
+        request_id = engine.submit(prompt(length, 200 * length), max_tokens=1)
+        assert [tokens_of(engine.step()) for _ in sizes] == [{request_id: size} for size in sizes]
+
+
+def test_a_prompt_waits_for_room_for_a_chunk(make_engine) -> None:
+    engine = make_engine(max_num_batched_tokens=17, deterministic=True)
+    for first in range(9):
+        engine.submit([first], max_tokens=3)
+    engine.step()
+    engine.submit(prompt(15), max_tokens=1)
+    assert [tokens_of(engine.step()).get(9, 0) for _ in range(3)] == [0, 0, 15]
+
+
+def test_more_than_eight_tokens_of_a_prompt_are_always_computed(make_engine) -> None:
+    engine = make_engine(deterministic=True)
+    for length, num_cached in ((28, 0), (28, 16), (29, 20), (20, 8), (8, 0)):
+        request_id = engine.submit(prompt(length), max_tokens=2)
+        assert engine.finish()[request_id].num_cached_tokens == num_cached
+
+
+def test_an_answer_is_no_prefix_of_a_prompt(make_engine) -> None:
+    """It was computed token by token."""
+    engine = make_engine(deterministic=True)
+    engine.submit(prompt(10), max_tokens=20, script=range(20))
+    engine.finish()
+    engine.submit([*prompt(10), *range(20), *prompt(10, 50)], max_tokens=1)
+    assert engine.finish()[1].num_cached_tokens == 8
+
+
+def test_what_was_generated_is_computed_again_in_few(make_engine) -> None:
+    engine = make_engine(num_blocks=13, max_num_seqs=2, caching=False, deterministic=True)
+    engine.submit(prompt(10), max_tokens=30)
+    engine.submit(prompt(10, 50), max_tokens=20)
+    while not engine.scheduler.stats().num_preemptions:
+        engine.step()
+    chunks: list[int] = []
+    while len(chunks) < 4:
+        chunks += [chunk.num_tokens for chunk in engine.step().chunks if chunk.request_id == 1]
+    assert chunks == [10, 8, 7, 1]
+    engine.finish()
+
+
+def test_where_memory_runs_out_no_prompt_is_computed_in_few(make_engine) -> None:
+    engine = make_engine(deterministic=True)
+    run = engine.runner.run
+
+    def run_few(plan: StepPlan) -> StepResult:
+        result: StepResult = run(plan if plan.num_tokens <= 12 else replace(plan, chunks=()))
+        if plan.num_tokens > 12:
+            raise OutOfMemoryError("no room")
+        return result
+
+    engine.runner.run = run_few
+    engine.submit(prompt(24), max_tokens=2)
+    engine.submit(prompt(17, 50), max_tokens=2)
+    assert [tokens_of(engine.step()) for _ in range(4)] == [{0: 24}, {0: 12}, {0: 1}, {1: 17}]
+    assert [story.finish_reason for story in engine.finish().values()] == ["length", "error"]
 
 
 # --- preemption ---------------------------------------------------------------------------------------------------

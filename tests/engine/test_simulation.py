@@ -35,6 +35,9 @@ class World:
         self.max_model_len = rng.randint(16, 56)
         chunked = rng.random() < 0.8
         chunk = rng.randint(1, rng.choice([6, 24])) if chunked else self.max_model_len + rng.randint(0, 20)
+        deterministic = seed % 3 == 0
+        self.least = 17 if deterministic else 1  # tokens of a chunk that cannot be cut
+        chunk = max(chunk, rng.randint(17, 30)) if deterministic else chunk
         block_size = rng.choice([1, 2, 4, 8])
         groups = [KVGroup(window, (0,)) for window in self.windows]
         need = blocks_for(self.max_model_len, block_size, groups, chunk)  # for one request of full length
@@ -49,6 +52,7 @@ class World:
             max_model_len=self.max_model_len,
             chunked=chunked,
             plans_ahead=seed % 2 == 1,
+            deterministic=deterministic,
         )
         self.engine.runner.vocab_size = VOCAB_SIZE
         self.arrivals = sorted(rng.randint(0, 20) for _ in range(rng.randint(3, 14)))
@@ -139,11 +143,11 @@ class World:
         def flaky(plan: StepPlan) -> StepResult:
             nonlocal room, until
             if runs_out and plan.chunks and rng.random() < 0.01:
-                room, until = rng.randint(1, 12), self.engine.now + rng.randint(1, 30)
+                room, until = self.least + rng.randint(0, 11), self.engine.now + rng.randint(1, 30)
             run(plan if rng.random() < 0.5 else replace(plan, chunks=()))
             is_heavy = any(chunk.request_id in self.heavy for chunk in plan.chunks)
             fails = rng.random() < runs_out or (self.engine.now < until and plan.num_tokens > room)
-            if plan.chunks and (is_heavy or (plan.num_tokens > 1 and fails)):
+            if plan.chunks and (is_heavy or (plan.num_tokens > self.least and fails)):
                 self.counts["out of memory"] += 1
                 raise OutOfMemoryError("no room")
             result: StepResult = run(plan)

@@ -101,7 +101,7 @@ def run(
         if not engine.has_work():
             break
         if step in preempt_at:
-            engine.scheduler._preempt_last()
+            engine.scheduler._preempt(engine.scheduler._running[-1])
         for update in engine.step():
             assert update.error is None, update.error
             tokens[update.request_id] += update.token_ids

@@ -45,29 +45,36 @@ class Copied(DummyCheckpoint):
         return Dense(self.source.at(self._prefix).linear(name, shape).dequantize().float().cpu())
 
 
-def config_of(architecture: str) -> dict[str, Any]:
+def config_of(architecture: str, **changes: int) -> dict[str, Any]:
     return text_config({
         "architectures": [architecture], "vocab_size": VOCAB_SIZE, "hidden_size": 256, "intermediate_size": 512,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
         "sliding_window": 32, "query_pre_attn_scalar": 64, "max_position_embeddings": 512,
+        **changes,
     })  # fmt: skip
 
 
-def make_engine(checkpoint: DummyCheckpoint, dtype: str, enforce_eager: bool = False) -> EngineCore:
+def make_engine(
+    checkpoint: DummyCheckpoint, dtype: str, enforce_eager: bool = False, limits: tuple[int, int] = (8, 128),
+    num_blocks: int = 200, caching: bool = False,
+) -> EngineCore:
+    """limits: requests and tokens of a step."""
     config, kind = checkpoint.config, checkpoint.device.type
     architecture = find_model(config)
     kv_layers = architecture.kv_layers(config)
-    cache = CacheConfig(64 if kind == "cuda" else 16, 200, make_groups(kv_layers), False, dtype)
-    scheduler = SchedulerConfig(8, 128, 64, 512, True)
-    device = DeviceConfig(kind, 1, enforce_eager, 0)
+    cache = CacheConfig(64 if kind == "cuda" else 16, num_blocks, make_groups(kv_layers), caching, dtype)
+    scheduler = SchedulerConfig(*limits, 1000, 512, True, checkpoint.deterministic)
+    device = DeviceConfig(kind, 1, enforce_eager, 0, deterministic=checkpoint.deterministic)
     engine = EngineConfig(ModelConfig(dtype, 512), cache, scheduler, device, (), ())
     kv = KVCache(cache, kv_layers, checkpoint.device)
     return EngineCore(Scheduler(scheduler, cache), ModelRunner(architecture.load(checkpoint), kv, engine))
 
 
-def run(core: EngineCore, prompts: list[list[int]], **params: Any) -> list[tuple[list[int], list[float], list[float]]]:
+def run(
+    core: EngineCore, prompts: list[list[int]], first_id: int = 0, **params: Any
+) -> list[tuple[list[int], list[float], list[float]]]:
     """For each prompt, submitted together: the tokens, their log-probabilities, and those of the prompt."""
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(prompts, first_id):
         core.submit(EngineRequest(i, prompt, SamplingParams(temperature=0.0, ignore_eos=True, logprobs=0, **params)))
     tokens: list[list[int]] = [[] for _ in prompts]
     scores: list[list[float]] = [[] for _ in prompts]
@@ -79,7 +86,7 @@ def run(core: EngineCore, prompts: list[list[int]], **params: Any) -> list[tuple
     while core.has_work():
         for update in core.step():
             assert update.error is None, update.error
-            i = update.request_id
+            i = update.request_id - first_id
             tokens[i] += update.token_ids
             scores[i] += [value for entry in update.logprobs or [] for value in first(entry)]
             prompt_scores[i] += [value for entry in update.prompt_logprobs or [] for value in first(entry)]
@@ -155,3 +162,50 @@ def test_long_prompts_are_computed_at_once_or_in_chunks(monkeypatch: pytest.Monk
     at_once = [run(make_engine(source, "bfloat16"), [prompt], max_tokens=1, prompt_logprobs=0)[0] for prompt in prompts]
     for (_, _, ours), (_, _, theirs) in zip(at_once, in_chunks, strict=True):
         close(ours, theirs, TOLERANCE["bfloat16"])
+
+
+def deterministic(architecture: str, layout: str | None) -> DummyCheckpoint:
+    """Large enough for sums in parts, with rows of logits that begin anywhere."""
+    config = config_of(architecture, vocab_size=1543, hidden_size=1024, intermediate_size=2048)
+    cuda = torch.device("cuda")
+    return DummyCheckpoint(config, torch.bfloat16, cuda, scale=0.03, layout=layout, deterministic=True)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layout"),
+    [("LlamaForCausalLM", None), ("Gemma2ForCausalLM", None), ("Gemma3ForCausalLM", None), ("Qwen2ForCausalLM", None),
+     ("LlamaForCausalLM", "gptq"), ("LlamaForCausalLM", "gguf"), ("LlamaForCausalLM", "compressed-tensors"),
+     ("LlamaForCausalLM", "fp8"), ("LlamaForCausalLM", "w8a8")],
+)  # fmt: skip
+def test_deterministic_requests_do_not_depend_on_their_company(architecture: str, layout: str | None) -> None:
+    """Every second one is looked at: how it is computed alone, and among others, in chunks."""
+    core = make_engine(deterministic(architecture, layout), "bfloat16", limits=(256, 600), num_blocks=4000)
+    alone = [run(core, [prompt], i, max_tokens=24, prompt_logprobs=0)[0] for i, prompt in enumerate(PROMPTS)]
+    first_id = len(PROMPTS)
+    for size in (2, 7, 32, 44, 128, 256):
+        others = [[(i * k + 5) % VOCAB_SIZE for k in range(1 + 13 * i % 60)] for i in range(size)]
+        prompts = [PROMPTS[i // 2 % 5] if i % 2 == 0 else others[i] for i in range(size)]
+        for scored in (None, 0):  # steps are begun ahead, or not
+            found = run(core, prompts, first_id, max_tokens=24, prompt_logprobs=scored)
+            first_id += size
+            for i in range(0, size, 2):
+                tokens, scores, prompt_scores = alone[i // 2 % 5]
+                assert found[i] == (tokens, scores, prompt_scores if scored == 0 else []), (size, i)
+
+
+@pytest.mark.parametrize("layout", [None, "gptq"])
+def test_deterministic_requests_do_not_depend_on_the_cache(layout: str | None) -> None:
+    """Prompts that are found, an answer that is part of a prompt, and requests that were preempted."""
+    source = deterministic("LlamaForCausalLM", layout)
+    core = make_engine(source, "bfloat16", limits=(32, 600), caching=True)
+    small = make_engine(source, "bfloat16", limits=(32, 600), num_blocks=13)
+    alone = [run(small, [prompt], i, max_tokens=60)[0] for i, prompt in enumerate(PROMPTS)]
+    turns = [prompt + tokens + PROMPTS[2] for prompt, (tokens, _, _) in zip(PROMPTS, alone, strict=True)]
+    answers = [run(small, [turn], 10 + i, max_tokens=60)[0] for i, turn in enumerate(turns)]
+    assert small.scheduler.stats().num_preemptions == 0
+    for i in range(2):
+        assert run(core, PROMPTS, 10 * i, max_tokens=60) == alone
+    assert run(core, turns, 20, max_tokens=60) == answers
+    assert core.scheduler.stats().num_prefix_hits > 0
+    assert run(small, PROMPTS * 4, 20, max_tokens=60) == alone * 4
+    assert small.scheduler.stats().num_preemptions > 0

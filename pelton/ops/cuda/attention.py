@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pelton import ops
+from pelton.config import FEW_TOKENS
 from pelton.ops.cuda.launch import (
     OVERLAP,
     has_float8,
@@ -41,7 +42,7 @@ from pelton.ops.cuda.launch import (
 PART = 128  # keys
 MAX_PARTS = 64
 MAX_PROGRAMS = 2  # for each of a GPU's processors
-FEW_ROWS = 8  # a request with so many new tokens is computed as that many decodes
+FEW_ROWS = FEW_TOKENS  # a request with so many new tokens is computed as that many decodes
 MAX_HEAD_SIZE = 256
 MAX_GROUP = 64  # query heads that share a key head
 MAX_GROUP_SIZE = 8192  # numbers of their queries
@@ -263,25 +264,27 @@ def _first_seen(x, position):
 def _chunk_kernel(
     x, num_requests, FEW_ROWS: tl.constexpr, REQUESTS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):
-    """One tile a program, of a request with more than FEW_ROWS tokens."""
+    """One tile a program, of a request with more than FEW_ROWS tokens. Tiles begin at multiples of their length, so
+    that a token's numbers do not depend on where its chunk begins."""
     wait_for_inputs()
     TOKENS: tl.constexpr = ROWS // x.shape.GROUP
-    lengths, _ = _load_requests(x, num_requests, REQUESTS)
-    ends = tl.cumsum(tl.where(lengths > FEW_ROWS, tl.cdiv(lengths, TOKENS), 0), 0)
+    lengths, contexts = _load_requests(x, num_requests, REQUESTS)
+    tiles = tl.cdiv(contexts, TOKENS) - (contexts - lengths) // TOKENS
+    ends = tl.cumsum(tl.where(lengths > FEW_ROWS, tiles, 0), 0)
     tile = tl.max(ends, 0) - 1 - tl.program_id(0) // x.shape.NUM_KV_HEADS  # the last first: they see the most keys
     if tile < 0:
         return
     r, first_tile = _locate(tile, ends)
     g = tl.program_id(0) % x.shape.NUM_KV_HEADS
-    end = tl.load(x.query_starts + r + 1).to(tl.int32)
-    begin = tl.load(x.query_starts + r).to(tl.int32) + (tile - first_tile) * TOKENS
+    begin, end = tl.load(x.query_starts + r).to(tl.int32), tl.load(x.query_starts + r + 1).to(tl.int32)
     context_len = tl.load(x.context_lens + r).to(tl.int32)
-    position = context_len - (end - begin)  # of the tile's first token
-    last_position = tl.minimum(position + TOKENS, context_len) - 1
+    new = context_len - (end - begin)  # position of the first new token
+    position = (new // TOKENS + tile - first_tile) * TOKENS  # of the tile's first token, which may be an old one
+    last_position = position + TOKENS - 1
 
     row = tl.arange(0, ROWS)
-    token, head = begin + row // x.shape.GROUP, g * x.shape.GROUP + row % x.shape.GROUP
-    there = (row < TOKENS * x.shape.GROUP) & (token < end)
+    token, head = begin + position - new + row // x.shape.GROUP, g * x.shape.GROUP + row % x.shape.GROUP
+    there = (row < TOKENS * x.shape.GROUP) & (token >= begin) & (token < end)
     query = _load_query(x, token, head, there)
     last = position + row // x.shape.GROUP
     first = _first_seen(x, last)[:, None]
@@ -290,7 +293,7 @@ def _chunk_kernel(
         last = tl.maximum(last, tl.minimum(span_end, context_len - 1))
     last_key = tl.max(tl.where(there, last, 0), 0)
     last = last[:, None]
-    first_key = _first_seen(x, position)
+    first_key = _first_seen(x, tl.maximum(position, new))
 
     # All rows see all keys of the spans between these.
     start = first_key // KEYS * KEYS
@@ -531,8 +534,8 @@ def _compute_chunks(x: Inputs, requests: int) -> None:
     (num_tokens, num_heads, head_size), num_requests = x.query.shape, x.context_lens.shape[0]
     group = num_heads // x.key.numbers.shape[2]
     tiling = chunk_tiling(head_size, group, x.query.dtype, shared_memory(x.query.device))
-    # at most: each request has one that is not full
-    tiles = num_tokens // (tiling.rows // group) + min(num_requests, num_tokens // (FEW_ROWS + 1))
+    # at most: each request has two that are not full
+    tiles = num_tokens // (tiling.rows // group) + 2 * min(num_requests, num_tokens // (FEW_ROWS + 1))
     _chunk_kernel[(tiles * (num_heads // group),)](
         x, num_requests, FEW_ROWS, requests, tiling.rows, tiling.keys,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **OVERLAP,

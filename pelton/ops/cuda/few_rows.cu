@@ -5,7 +5,7 @@
 // columns an mma multiplies is free, so a lane takes those whose bytes lie together.
 //
 // K is a multiple of 64, and rows of x begin at multiples of 16 bytes. Defined when compiled, beside what tiles.cuh names:
-// NT, MT, WARPS, SPLIT, AHEAD.
+// NT, MT, WARPS, SPLIT, AHEAD; NORM: rows of x are normalised first, x / rms(x) * gain, by each block for itself.
 #define COPIES 32
 #include "tiles.cuh"
 
@@ -14,28 +14,68 @@ struct Columns {
     u32 words[NT][4][2];
 };
 
-__device__ __forceinline__ void load(Columns& x, const Args& a, int block, int lane) {
+// `x`: its rows, `stride` apart.
+__device__ __forceinline__ void load(Columns& columns, const u16* x, int stride, int num_rows, int block, int lane) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-        const bool inside = 8 * n + g < a.M;
-        const u16* row = a.x + u64(8 * n + g) * a.x_stride + 64 * block;
+        const bool inside = 8 * n + g < num_rows;
+        const u16* row = x + u64(8 * n + g) * stride + 64 * block;
 #if GROUP == 16
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
             const uint2 v = inside ? *(const uint2*)(row + FOUR_COLUMNS(s, t)) : make_uint2(0, 0);
-            x.words[n][s][0] = v.x, x.words[n][s][1] = v.y;
+            columns.words[n][s][0] = v.x, columns.words[n][s][1] = v.y;
         }
 #else
 #pragma unroll
         for (int h = 0; h < 2; ++h) {  // eight columns together, of two mma
             const uint4 v = inside ? *(const uint4*)(row + FOUR_COLUMNS(2 * h, t)) : make_uint4(0, 0, 0, 0);
-            x.words[n][2 * h][0] = v.x, x.words[n][2 * h][1] = v.y;
-            x.words[n][2 * h + 1][0] = v.z, x.words[n][2 * h + 1][1] = v.w;
+            columns.words[n][2 * h][0] = v.x, columns.words[n][2 * h][1] = v.y;
+            columns.words[n][2 * h + 1][0] = v.z, columns.words[n][2 * h + 1][1] = v.w;
         }
 #endif
     }
 }
+
+#if NORM
+// The gain [K] to shared memory: it never changes.
+__device__ __forceinline__ void fetch_gain(float* gain, const Args& a) {
+    for (int k = 4 * threadIdx.x; k < a.K; k += 4 * 32 * WARPS) *(float4*)(gain + k) = __ldg((const float4*)(a.gain + k));
+}
+// Rows of x, normalised, to shared memory [M, K].
+__device__ __forceinline__ void normalise(u16* to, const float* gain, const Args& a, int warp, int lane) {
+    __shared__ float squares[8 * NT][WARPS];
+    for (int m = 0; m < a.M; ++m) {
+        float square = 0.0f;
+        for (int k = 8 * threadIdx.x; k < a.K; k += 8 * 32 * WARPS) {
+            const uint4 v = *(const uint4*)(a.x + u64(m) * a.x_stride + k);
+            *(uint4*)(to + m * a.K + k) = v;
+            for (int i = 0; i < 4; ++i) {
+                const float low = to_float(u16(word(v, i))), high = to_float(u16(word(v, i) >> 16));
+                square += low * low + high * high;
+            }
+        }
+        for (int by = 16; by; by /= 2) square += __shfl_xor_sync(~0u, square, by);
+        if (lane == 0) squares[m][warp] = square;
+    }
+    __syncthreads();
+    for (int m = 0; m < a.M; ++m) {
+        float square = 0.0f;
+        for (int w = 0; w < WARPS; ++w) square += squares[m][w];
+        const float factor = 1.0f / sqrtf(square / a.K + a.eps);
+        for (int k = 8 * threadIdx.x; k < a.K; k += 8 * 32 * WARPS) {  // what this thread has brought
+            uint4 v = *(const uint4*)(to + m * a.K + k);
+            u32 pairs[4];
+            for (int i = 0; i < 4; ++i)
+                pairs[i] = to_pair(to_float(u16(word(v, i))) * factor * gain[k + 2 * i],
+                                   to_float(u16(word(v, i) >> 16)) * factor * gain[k + 2 * i + 1]);
+            *(uint4*)(to + m * a.K + k) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+    }
+    __syncthreads();
+}
+#endif
 
 __device__ __forceinline__ void multiply(Sum (&sums)[MT][NT][4], const Piece (&w)[MT], const Columns& columns,
                                          const u32* table) {
@@ -123,10 +163,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
     fill_table(table, a);
     __syncthreads();
 #endif
+    extern __shared__ uint4 memory[];  // normalised x, then sums
+#if NORM
+    u16* x = (u16*)memory;
+    const int x_stride = a.K;
+    Sum* shared = (Sum*)(x + a.M * a.K);
+    fetch_gain((float*)shared, a);
+#else
+    const u16* x = a.x;
+    const int x_stride = a.x_stride;
+    Sum* shared = (Sum*)memory;
+#endif
     wait_for_inputs();  // weights never change; x is there from here on
+#if NORM
+    normalise(x, (float*)shared, a, warp, lane);
+#endif
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
-        if (begin + i * step < num_blocks) load(columns_of[i], a, begin + i * step, lane);
+        if (begin + i * step < num_blocks) load(columns_of[i], x, x_stride, a.M, begin + i * step, lane);
 
     Sum sums[MT][NT][4] = {};
     for (int block = begin; block < num_blocks; block += AHEAD * step) {
@@ -138,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
             const int next = now + AHEAD * step;
             if (next < num_blocks) {
                 fetch(i, next);
-                load(columns_of[i], a, next, lane);
+                load(columns_of[i], x, x_stride, a.M, next, lane);
             }
         }
     }
@@ -147,7 +201,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
     prefetch_next(a);
     // Sums of all warps: [warp][row][column of x], then of all blocks.
     constexpr int rows = 16 * MT, columns = 8 * NT, padded = columns + 1;
-    extern __shared__ Sum shared[];
     for (int i = 0; i < MT; ++i)
         for (int n = 0; n < NT; ++n)
             for (int c = 0; c < 4; ++c)

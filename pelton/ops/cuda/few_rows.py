@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -17,10 +17,13 @@ from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 MAX_ROWS = 64
 MAX_INT8_ROWS = 16
 TABLE_BYTES = 10 << 10  # of a block's shared memory: what is not counted, and values that codes stand for
+MAX_NORMALISED_ROWS, MAX_NORMALISED = 4, 8192  # rows, and their length
 MAX_SHARING = 4  # blocks for each multiprocessor, of those that share columns with others
 PREFETCHED = 8 << 20  # bytes of the next weight, as many as memory gives in a pause
 GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
 HALVES = (torch.bfloat16, torch.float16)
+Norm = tuple[Tensor, float]
+"""Gain, float32 [K], and eps of a norm (ops.rms_norm)."""
 
 
 class _Args(ctypes.Structure):
@@ -30,7 +33,7 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (
             "out", "x", "codes", "more", "scales", "supers", "values", "bias", "partial", "arrived", "ids", "next")),
         *((name, ctypes.c_int) for name in ("M", "N", "K", "out_stride", "x_stride", "accumulate", "next_bytes")),
-        ("factor", ctypes.c_float), ("x_scales", ctypes.c_void_p),
+        ("factor", ctypes.c_float), ("x_scales", ctypes.c_void_p), ("gain", ctypes.c_void_p), ("eps", ctypes.c_float),
     ]
 
 
@@ -45,10 +48,13 @@ class _Few:
     SPLIT: int
     AHEAD: int
 
+    NORM: int = 0
+
     kernel = "few_rows"
 
-    def shared_bytes(self, piece_bytes: int) -> int:
-        return 4 * self.WARPS * 16 * self.MT * (8 * self.NT + 1)
+    def shared_bytes(self, num_rows: int, num_in: int, piece_bytes: int) -> int:
+        sums = 4 * self.WARPS * 16 * self.MT * (8 * self.NT + 1)
+        return 2 * num_rows * num_in + max(sums, 4 * num_in) if self.NORM else sums
 
     def blocks(self, num_out: int) -> int:
         """Blocks beside each other."""
@@ -69,7 +75,7 @@ class _More:
 
     kernel = "more_rows"
 
-    def shared_bytes(self, piece_bytes: int) -> int:
+    def shared_bytes(self, num_rows: int, num_in: int, piece_bytes: int) -> int:
         return self.STAGES * (2 * 8 * self.NT * (128 + 32) + self.WARPS * 2 * self.MT * 32 * piece_bytes)
 
     def blocks(self, num_out: int) -> int:
@@ -89,22 +95,31 @@ def accepts_gated(x: Tensor, weight: Tensor | Tiles) -> bool:
     return accepts(x, weight) and weight.shape[0] % (2 * ROWS) == 0
 
 
+def accepts_norm(x: Tensor, weight: Tensor | Tiles) -> bool:
+    """Whether `multiply` takes a norm too: each of its blocks normalises all rows."""
+    return x.shape[0] <= MAX_NORMALISED_ROWS and weight.shape[1] <= MAX_NORMALISED
+
+
 def multiply(
     x: Tensor, weight: Tensor | Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False,
-    gate: str = "", then: Tensor | Tiles | None = None,
+    gate: str = "", norm: Norm | None = None, then: Tensor | Tiles | None = None, same: bool = False,
 ) -> None:
     """out = x W^T (+ bias), or added to out. x [M, K]; weight: W [N, K] in x's dtype, or tiles; out [M, N] in x's dtype
     or float32; bias in x's dtype. With a gate ("silu", "gelu_tanh") W is [gate | up]: out [M, N / 2] = gate(..) up.
-    `then`: the weight that is multiplied after this one. Its first bytes are brought into the cache meanwhile."""
+    With a norm rows of x are normalised first. `then`: the weight that is multiplied after this one; its first bytes
+    are brought into the cache meanwhile. With `same`, a row has the same bits whatever the number of rows."""
     num_rows, (num_out, num_in) = x.shape[0], weight.shape
     given = num_rows, num_out, num_in, bool(gate)
     cut: _Few | _More
-    if _is_few(num_rows, num_out, num_in, num_processors(x.device)):
-        cut = _cut(*given, isinstance(weight, Tensor), num_processors(x.device))
+    if _is_few(num_rows, num_out, num_in, num_processors(x.device), same):
+        cut = _cut(*given, isinstance(weight, Tensor), num_processors(x.device), same)
+        cut = cut if norm is None else replace(cut, NORM=1)
     else:
-        cut = _cut_more(*given, _piece_bytes(weight), num_processors(x.device), shared_memory(x.device))
+        cut = _cut_more(*given, _piece_bytes(weight), num_processors(x.device), shared_memory(x.device), same)
     defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "GATE": GATES[gate]}
     args = _pointers(weight)
+    if norm is not None:
+        args.gain, args.eps = norm[0].data_ptr(), norm[1]
     if then is not None:
         codes = then if isinstance(then, Tensor) else then.codes
         args.next, args.next_bytes = codes.data_ptr(), min(codes.nbytes, PREFETCHED)
@@ -145,7 +160,7 @@ def _launch(
     args.out_stride, args.x_stride, args.accumulate = out.stride(0), x.stride(0), int(accumulate)
     blocks = cut.blocks(num_out)  # with a gate too, where each has a tile of either half
     args.next_bytes = args.next_bytes // (blocks * cut.SPLIT) // 16 * 16
-    shared_bytes = cut.shared_bytes(_piece_bytes(weight))
+    shared_bytes = cut.shared_bytes(x.shape[0], num_in, _piece_bytes(weight))
     _function(cut.kernel, tuple(sorted(defines.items())), shared_bytes, x.device).launch(
         (blocks, cut.SPLIT), 32 * cut.WARPS, args, x.device
     )
@@ -165,14 +180,18 @@ def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, fact
     return out
 
 
-def _is_few(num_rows: int, num_out: int, num_in: int, processors: int) -> bool:
-    """Whether few_rows.cu is faster: to join sums through memory takes longer than a small weight."""
-    return num_rows <= 8 or (num_out <= 4 * ROWS * processors and num_in < 8192)
+def _is_few(num_rows: int, num_out: int, num_in: int, processors: int, same: bool) -> bool:
+    """Whether few_rows.cu is faster: to join sums through memory takes longer than a small weight. With `same`, for one
+    kernel for any number of rows."""
+    return (num_rows <= 8 and not same) or (num_out <= 4 * ROWS * processors and num_in < 8192)
 
 
 @cache
-def _cut(num_rows: int, num_out: int, num_in: int, is_gated: bool, is_dense: bool, processors: int) -> _Few:
-    """Enough warps to keep the memory busy: measured on an H200."""
+def _cut(
+    num_rows: int, num_out: int, num_in: int, is_gated: bool, is_dense: bool, processors: int, same: bool = False
+) -> _Few:
+    """Enough warps to keep the memory busy: measured on an H200. With `same`, as many for any number of rows: nothing
+    else changes the order of a sum."""
     nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
     tiles = -(-num_out // ROWS)
     few, wide = tiles <= 2 * processors, tiles > 4 * processors
@@ -182,14 +201,18 @@ def _cut(num_rows: int, num_out: int, num_in: int, is_gated: bool, is_dense: boo
         mt, warps = (2, 16) if few else (2, 4) if wide else (1, 8)
     else:
         mt, warps = (2, 8 if few else 4) if nt == 4 else (1, 8)
+    if same:
+        return _Few(nt, 2 if is_gated else mt, 8, 1, (4, 3, 3, 2)[nt.bit_length() - 1])
     return _Few(nt, 2 if is_gated else mt, warps, 1, 3 if nt <= 4 else 2)
 
 
 @cache
 def _cut_more(
-    num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, processors: int, shared_memory: int
+    num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, processors: int, shared_memory: int,
+    same: bool = False,
 ) -> _More:
-    """Two blocks of a multiprocessor if they can be, and all multiprocessors with as much to do as others."""
+    """Two blocks of a multiprocessor if they can be, and all multiprocessors with as much to do as others. With `same`,
+    the columns are split as for the most rows: nothing else changes the order of a sum."""
     nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
     mt = 2 if is_gated or (nt <= 4 and piece_bytes < 64) else 1
     num_warps, num_chunks = -(-num_out // (ROWS * mt)), -(-num_in // (2 * COLUMNS))
@@ -199,12 +222,15 @@ def _cut_more(
         rounds = -(-(-(-num_warps // warps) * split) // processors)
         return rounds * warps / split * (1.0 if rounds > 1 else 1.2), split
 
+    splits: tuple[int, ...] = 1, 2, 3, 4, 6, 8
+    if same:
+        splits = (_cut_more(MAX_ROWS, num_out, num_in, False, piece_bytes, processors, shared_memory).SPLIT,)
     cuts = [
-        (warps, split) for warps in (8, 7, 6, 5, 4) for split in (1, 2, 3, 4, 6, 8)
+        (warps, split) for warps in (8, 7, 6, 5, 4) for split in splits
         if split == 1 or (num_chunks >= 4 * split and -(-num_warps // warps) * split <= MAX_SHARING * processors)
     ]
     warps, split = min(cuts, key=cost)
-    stage_bytes = _More(nt, mt, warps, split, 1, 1).shared_bytes(piece_bytes)
+    stage_bytes = _More(nt, mt, warps, split, 1, 1).shared_bytes(num_rows, num_in, piece_bytes)
     blocks = 2 if nt * mt <= 8 and shared_memory // 2 - TABLE_BYTES >= 3 * stage_bytes else 1
     stages = max(2, min(4, (shared_memory // blocks - TABLE_BYTES) // stage_bytes))
     return _More(nt, mt, warps, split, stages, blocks)

@@ -65,3 +65,9 @@ def shared_memory(device: torch.device) -> int:
 def has_float8(device: torch.device) -> bool:
     """Whether kernels can convert float8_e4m3fn."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@cache
+def has_tma(device: torch.device) -> bool:
+    """Whether tiles can be fetched by descriptors."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)

@@ -17,6 +17,7 @@ import torch
 import triton
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from pelton import ops
 from pelton.ops.cuda import sampling_kernels as kernels
@@ -375,7 +376,10 @@ class Wanted:
         for begin in range(0, len(self.scored), num_at_once):
             end = min(begin + num_at_once, len(self.scored))
             few = there["scored"][begin:end]
-            logprobs = torch.log_softmax(logits[few], dim=-1)
+            rows_of_few = logits[few]
+            if vocab % 4:  # torch reads four at a time, and where a row begins would change the order of its sum
+                rows_of_few = F.pad(rows_of_few, (0, -vocab % 4), value=-torch.inf)
+            logprobs = torch.log_softmax(rows_of_few, dim=-1)
             mine = slice(self.starts[begin], self.starts[end])
             local = torch.searchsorted(few, rows[mine])  # rows ascend
             parts[0].append(logprobs[local, ids[mine]])

@@ -30,6 +30,8 @@ struct Args {
     u32 next_bytes;        // for each block: a multiple of 16
     float factor;            // of opened weights
     const float* x_scales;  // [M], with INT8
+    const float* gain;      // [K], with NORM
+    float eps;
 };
 
 #if HALF

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -139,6 +139,25 @@ def test_a_token_does_not_depend_on_its_company(device: torch.device, window: in
 
     for row, r, length in ((0, 0, 110), (21, 2, 180), (22, 3, 68), (24, 3, 70)):
         assert torch.equal(together[row], alone(row, r, length))
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("heads", [(4, 2, 16), (6, 2, 16)], ids=str)
+def test_a_token_does_not_depend_on_where_its_prompt_is_cut(
+    device: torch.device, heads: tuple[int, int, int], window: int | None
+) -> None:
+    """In chunks of more than FEW_ROWS tokens, beside another request. Of the second heads, ten tokens are a tile."""
+    (query, cache, table, starts, lens, *rest), _ = arguments(device, [110, 9], [110, 30], heads)
+    rest[1] = window
+    whole = attention.paged_attention(query, cache, table, starts, lens, *rest)
+    for cuts in ((9, 41), (16, 64, 96), (37, 101)):
+        for begin, end in pairwise((0, *cuts, 110)):
+            chunk, ends = torch.cat((query[110:], query[begin:end])), [30, end]
+            out = attention.paged_attention(
+                chunk, cache, table.flip(0), starts.new_tensor([0, 9, len(chunk)]), lens.new_tensor(ends), *rest
+            )
+            assert torch.equal(out[9:], whole[begin:end]), (begin, end)
+            assert torch.equal(out[:9], whole[110:])
 
 
 def test_rows_of_no_request_are_left_alone(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pelton import ops
 from pelton.quant import CODED
 from pelton.quant.codes import Codes
 from pelton.quant.tiled import make_tiles
@@ -92,6 +93,28 @@ def test_codes(name: str, half: torch.dtype) -> None:
         assert torch.equal(out, again)
 
 
+@pytest.mark.parametrize("num_out", [72, 4608, 20000])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_row_can_have_the_same_bits_in_any_company(name: str, num_out: int) -> None:
+    """Few tiles, more, and many."""
+    parts = LAYOUTS[name]()
+    repeats = -(-num_out // NUM_OUT)
+    many = {field: torch.cat([value] * repeats) for field, value in vars(parts).items() if isinstance(value, Tensor)}
+    tiles = make_tiles(replace(parts, **many))
+    x = torch.randn(64, tiles.shape[1], device="cuda").bfloat16()
+    residual = torch.randn(64, tiles.shape[0], device="cuda").bfloat16()
+    outs = {num_rows: residual[:num_rows].clone() for num_rows in (1, 2, 7, 9, 16, 31, 44, 64)}
+    for num_rows, out in outs.items():
+        few_rows.multiply(x[:num_rows], tiles, out, accumulate=True, same=True)
+    for num_rows, out in outs.items():
+        assert torch.equal(out, outs[64][:num_rows]), num_rows
+    if tiles.shape[0] % 32 == 0:
+        gated = [torch.empty(num_rows, tiles.shape[0] // 2, device="cuda", dtype=x.dtype) for num_rows in (1, 9, 64)]
+        for out in gated:
+            few_rows.multiply(x[: len(out)], tiles, out, gate="silu", same=True)
+        assert all(torch.equal(out, gated[-1][: len(out)]) for out in gated)
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("num_out", "num_in"), [(72, 1024), (4096, 4096), (33, 14336)])
 def test_numbers(half: torch.dtype, num_out: int, num_in: int) -> None:
@@ -133,3 +156,27 @@ def test_every_float8_is_opened_exactly(half: torch.dtype) -> None:
     codes = codes[codes & 127 != 127].repeat(16, 32)[:, :4096]
     opened = few_rows.open_tiles(make_tiles(Codes(8, codes, torch.ones(16, 1, device="cuda"), float8=True)), half)
     assert torch.equal(opened.float(), codes.view(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("gate", ["", "silu"])
+@pytest.mark.parametrize("num_in", [1024, 3584])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_norms(bits: int, num_in: int, gate: str) -> None:
+    torch.manual_seed(0)
+    half, gain = torch.bfloat16, torch.rand(num_in, device="cuda") + 0.5
+    if bits == 16:
+        weight = torch.randn(96, num_in, device="cuda").to(half) * num_in**-0.5
+        numbers = weight.double()
+    else:
+        parts = Codes(4, torch.randint(0, 16, (96, num_in), dtype=torch.uint8, device="cuda"),
+                      torch.rand(96, num_in // 128, device="cuda") * 0.01, zero=8)
+        weight, numbers = make_tiles(parts), parts.weights().double()
+    for num_rows in (1, 3, 4):
+        x = torch.randn(num_rows, num_in, device="cuda").to(half) * 3
+        assert few_rows.accepts_norm(x, weight)
+        normal = ops.rms_norm.reference(x, gain, 1e-5).double() @ numbers.T
+        left, right = normal.chunk(2, dim=1)
+        expected = torch.nn.functional.silu(left) * right if gate else normal
+        out = torch.empty(expected.shape, device="cuda", dtype=half)
+        few_rows.multiply(x, weight, out, gate=gate, norm=(gain, 1e-5))
+        close(out, expected, half)
