@@ -167,10 +167,10 @@ def _open_checkpoint(
     if args.load_format == "dummy":
         layout = args.quantization if args.quantization in LAYOUTS else None
         return DummyCheckpoint(
-            files.config, dtype, device, args.seed, activations=activations, layout=layout, deterministic=deterministic,
-            ranks=ranks,
+            files.config, dtype, device, args.seed, activations=activations, layout=layout, ranks=ranks,
+            deterministic=deterministic,
         )
-    return open_checkpoint(files, dtype, device, on_progress, activations, deterministic, ranks)
+    return open_checkpoint(files, dtype, device, on_progress, activations, ranks, deterministic)
 
 
 def _weight_bytes(architecture: type[Model], files: ModelFiles, ranks: Ranks) -> dict[str, int]:

@@ -44,17 +44,17 @@ class Checkpoint:
         gguf: Architecture | None = None,
         on_progress: OnProgress | None = None,
         activations: str = "fp32",
-        deterministic: bool = False,
         ranks: Ranks = ALONE,
+        deterministic: bool = False,
     ) -> None:
-        """activations: what products with packed weights round their input to, see quant/native.py. deterministic: on a
-        GPU, see quant/gpu.py. ranks: of which this one reads its share."""
+        """activations: what products with packed weights round their input to, see quant/native.py. ranks: of which
+        this one reads its share. deterministic: on a GPU, see quant/gpu.py."""
         self.config = dict(config)
         self.dtype = dtype
         self.device = device
         self.activations = activations
-        self.deterministic = deterministic
         self.ranks = ranks
+        self.deterministic = deterministic
         self._tensors = tensors
         self._gguf = gguf
         self._on_progress = on_progress
@@ -187,12 +187,12 @@ class Checkpoint:
 
 def open_checkpoint(
     files: ModelFiles, dtype: torch.dtype, device: torch.device, on_progress: OnProgress | None = None,
-    activations: str = "fp32", deterministic: bool = False, ranks: Ranks = ALONE,
+    activations: str = "fp32", ranks: Ranks = ALONE, deterministic: bool = False,
 ) -> Checkpoint:
     """The checkpoint of a model on disk; `on_progress` is called after each tensor."""
+    architecture = files.gguf_architecture
     return Checkpoint(
-        files.config, dtype, device, files.tensors, files.gguf_architecture, on_progress, activations, deterministic,
-        ranks,
+        files.config, dtype, device, files.tensors, architecture, on_progress, activations, ranks, deterministic
     )
 
 

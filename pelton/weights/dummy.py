@@ -24,10 +24,12 @@ class DummyCheckpoint(Checkpoint):
 
     def __init__(
         self, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int = 0, scale: float = 0.02,
-        activations: str = "fp32", layout: str | None = None, deterministic: bool = False, ranks: Ranks = ALONE,
+        activations: str = "fp32", layout: str | None = None, ranks: Ranks = ALONE, deterministic: bool = False,
     ) -> None:
         """layout: of the layers' weights, of LAYOUTS; None: numbers."""
-        super().__init__(config, dtype, device, {}, activations=activations, deterministic=deterministic, ranks=ranks)
+        super().__init__(
+            config, dtype, device, {}, activations=activations, ranks=ranks, deterministic=deterministic
+        )
         self.num_weights = 0  # of what was asked for, here or through a view
         self._counter = self
         self._seed = seed
