@@ -21,6 +21,7 @@ class Request:
     token_ids: list[int] = field(init=False)  # prompt, then generated
     num_computed: int = 0  # tokens whose keys and values are in the cache
     is_running: bool = False  # else it waits, and holds no blocks
+    has_table: bool = True  # the runner knows its blocks, while it runs
     scheduled_time: float | None = None  # None until first scheduled; from then on the runner knows the request
     num_cached: int = 0  # prompt tokens that came from the prefix cache when first scheduled
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # entries so far; None if not asked, or sent

@@ -201,10 +201,10 @@ class Scheduler:
         again."""
         self._gone += plan.gone
         self._untold += plan.new
-        for chunk in plan.chunks:  # a request whose table the runner may not know waits for another
+        for chunk in plan.chunks:
             request = self._requests.get(chunk.request_id)
-            if chunk.table_start == 0 and request is not None and request.is_running:
-                self._preempt(request)
+            if request is not None and chunk.table_start == 0:
+                request.has_table = False
 
     def can_cut(self, chunk: Chunk) -> bool:
         """Whether half of a chunk can be computed without the rest."""
@@ -254,7 +254,8 @@ class Scheduler:
             if not num_tokens:
                 continue
             if self._make_room(request, num_tokens):
-                chunks.append(_chunk(request, num_tokens, request.num_computed // self._cache.block_size))
+                first = request.num_computed // self._cache.block_size if request.has_table else 0
+                chunks.append(_chunk(request, num_tokens, first))
                 budget -= num_tokens
             else:
                 is_short = True
@@ -425,6 +426,7 @@ def _rank(request: Request) -> tuple[int, int]:
 def _chunk(request: Request, num_tokens: int, table_start: int) -> Chunk:
     """The next `num_tokens` tokens of a request. Its first chunk after admission brings the whole table, each later
     one the entries that it writes to."""
+    request.has_table = True
     return Chunk(
         request_id=request.request_id,
         start=request.num_computed,

@@ -14,6 +14,10 @@ from pelton.layers.batch import Batch, GroupSlots
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.requests import RequestState
 
+Previous = tuple[Tensor, Sequence[int]]
+"""The samples of a step that may still run, int64 on the device, and for each request of the next one its first token's
+place among them; -1: that is known."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -25,7 +29,7 @@ class Inputs:
     query_starts: Tensor  # [R + 1]
     context_lens: Tensor  # [R]
     sampled_rows: Tensor  # [R]: tokens whose logits are sampled
-    previous_rows: Tensor  # [R]: which sample of the step before is the token, where that is not known yet
+    previous_rows: Tensor  # [R]: which sample of the step before is the first token; -1: the one that is given
     groups: list[GroupSlots]
 
     @classmethod
@@ -110,13 +114,20 @@ class BatchBuffers:
         for group in self.host.groups:
             group.slots[begin:end] = 0
 
-    def upload(self, num_requests: int) -> None:
-        """Bring what was filled to the cache's device."""
+    def upload(self, num_requests: int, previous: Previous | None = None) -> None:
+        """Bring what was filled to the cache's device, and there fill in what was sampled meanwhile."""
+        if previous is not None:
+            self.host.previous_rows.numpy()[:num_requests] = previous[1]
         if self.device is not self.host:
             size = self.host.size(num_requests)
             self.device.memory[:size].copy_(self.host.memory[:size], non_blocking=True)
             self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._sent.record()
+        if previous is not None:
+            from pelton.ops.cuda.rows import fill_in_  # its kernels need Triton
+
+            there = self.device
+            fill_in_(there.token_ids, there.query_starts, there.previous_rows[:num_requests], previous[0])
 
     def batch(self, num_tokens: int, num_requests: int, prompts: Sequence[tuple[int, int]] = ()) -> Batch:
         """The first tokens and requests, on the cache's device, as they were uploaded last or will be. prompts: see

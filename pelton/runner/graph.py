@@ -20,7 +20,7 @@ from pelton.engine.step import Chunk
 from pelton.models import Model
 from pelton.ops.native import native
 from pelton.ops.recording import Recorder
-from pelton.runner.batch import BatchBuffers
+from pelton.runner.batch import BatchBuffers, Previous
 from pelton.runner.kv_cache import KVCache
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, *range(48, 128, 16), *range(128, 1025, 32))  # requests of a CUDA graph
@@ -78,15 +78,10 @@ class Graphs(Captured):
     def takes(self, chunks: Sequence[Chunk]) -> bool:
         return all(chunk.num_tokens == 1 and chunk.sample for chunk in chunks)
 
-    def run(self, num_tokens: int, num_sampled: int, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """previous: the samples of the step before, int64, of which the tokens are `previous_rows`."""
+    def run(self, num_tokens: int, num_sampled: int, previous: Previous | None = None) -> tuple[Tensor, Tensor]:
         size = self._sizes[bisect_left(self._sizes, num_tokens)]
         self.buffers.clear_slots(num_tokens, size)
-        self.buffers.upload(num_tokens)
-        if previous is not None:
-            inputs = self.buffers.device
-            known = previous.index_select(0, inputs.previous_rows[:num_tokens])
-            torch.clamp(known, min=0, out=inputs.token_ids[:num_tokens])  # codes in place of tokens end their requests
+        self.buffers.upload(num_tokens, previous)
         self._captured[size].replay()
         self.num_replays += 1
         return self._hidden[:num_tokens], self._logits[:num_sampled]

@@ -17,7 +17,7 @@ from pelton.ops import gpu
 from pelton.ops.native import native
 from pelton.ops.parallel import ALONE, Ranks
 from pelton.ops.recording import NotRecordable
-from pelton.runner.batch import BatchBuffers
+from pelton.runner.batch import BatchBuffers, Previous
 from pelton.runner.device import first_line, guard, is_out_of_memory
 from pelton.runner.grammar import Grammars
 from pelton.runner.graph import Captured, Graphs, Programs
@@ -90,7 +90,7 @@ class ModelRunner:
 
     def can_start(self, plan: StepPlan) -> bool:
         """Whether `start` is of use: what other ranks are told before it is called."""
-        if not isinstance(self.graph, Graphs) or not all(chunk.sample for chunk in plan.chunks):
+        if not isinstance(self.graph, Graphs):
             return False
         needing = {request.request_id for request in plan.new if request.needs_results}
         states = self.requests.states
@@ -129,43 +129,46 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _start(self, plan: StepPlan) -> Started | None:
-        if not isinstance(self.graph, Graphs) or not all(chunk.sample for chunk in plan.chunks):
+        if not isinstance(self.graph, Graphs):
             return None
         states = self.requests.update(plan)
         if any(state.needs_results for state in states):
             return None
+        sampled = [i for i, chunk in enumerate(plan.chunks) if chunk.sample]
+        is_captured = self.graph.takes(plan.chunks)
+        buffers = self.graph.buffers if is_captured else self.buffers
         previous = self._claim_tokens(plan.chunks, states)
-        if self.graph.takes(plan.chunks):
-            num_tokens, _ = self.graph.buffers.fill(plan.chunks, states)
-            if previous is not None:
-                self.graph.buffers.host.previous_rows.numpy()[:num_tokens] = previous[1]
-            _, logits = self.graph.run(num_tokens, num_tokens, None if previous is None else previous[0])
-        elif previous is None:
-            _, starts = self.buffers.fill(plan.chunks, states)
-            _, logits = self._forward(plan.chunks, starts, len(states))
+        num_tokens, starts = buffers.fill(plan.chunks, states)
+        if is_captured:
+            _, logits = self.graph.run(num_tokens, num_tokens, previous)
         else:
-            return None
+            _, logits = self._forward(plan.chunks, starts, len(sampled), previous)
+        if not sampled:
+            return _Started(plan.step_id, [], [], lambda: [])
+        chunks, states = [plan.chunks[i] for i in sampled], [states[i] for i in sampled]
         token_ids, wait = self.sampler.start(states, logits)
-        self._newest = token_ids, {chunk.request_id: i for i, chunk in enumerate(plan.chunks)}
-        return _Started(plan, states, wait)
+        self._newest = token_ids, {chunk.request_id: i for i, chunk in enumerate(chunks)}
+        return _Started(plan.step_id, chunks, states, wait)
 
     def _claim_tokens(
         self, chunks: Sequence[Chunk], states: Sequence[RequestState]
-    ) -> tuple[Tensor, list[int]] | None:
-        """Where tokens are not known yet: the samples of the step that runs, on the device, and each token's row."""
-        if all(len(state.token_ids) > chunk.start for chunk, state in zip(chunks, states, strict=True)):
+    ) -> Previous | None:
+        """Where tokens are not known yet: the samples of the step that runs, on the device, and which of them each
+        chunk begins with (-1: none)."""
+        unknown = [len(state.token_ids) == chunk.start for chunk, state in zip(chunks, states, strict=True)]
+        if not any(unknown):
             return None
         token_ids, rows = self._newest
-        for chunk, state in zip(chunks, states, strict=True):
-            if len(state.token_ids) == chunk.start:
+        for state, is_unknown in zip(states, unknown, strict=True):
+            if is_unknown:
                 state.token_ids.append(0)  # stands for it; what is counted is right
-        return token_ids, [rows[chunk.request_id] for chunk in chunks]
+        return token_ids, [rows[chunk.request_id] if unknown[i] else -1 for i, chunk in enumerate(chunks)]
 
     def _forward(
-        self, chunks: Sequence[Chunk], starts: Sequence[int], num_sampled: int
+        self, chunks: Sequence[Chunk], starts: Sequence[int], num_sampled: int, previous: Previous | None = None
     ) -> tuple[Tensor, Tensor]:
         """Hidden states [T, d_model] of what was filled in, and the logits [M, V] of its sampled rows."""
-        self.buffers.upload(len(chunks))
+        self.buffers.upload(len(chunks), previous)
         are_prompts = starts[-1] >= LONG_PROMPT * len(chunks) and all(chunk.start == 0 for chunk in chunks)
         prompts = list(pairwise(starts)) if are_prompts and self._has_prompt_attention else ()
         hidden = self.model.forward(self.buffers.batch(starts[-1], len(chunks), prompts))
@@ -195,16 +198,19 @@ class _Started:
     """A step that runs on a GPU."""
 
     def __init__(
-        self, plan: StepPlan, states: Sequence[RequestState], wait: Callable[[], list[Sample | str]]
+        self, step_id: int, chunks: Sequence[Chunk], states: Sequence[RequestState],
+        wait: Callable[[], list[Sample | str]],
     ) -> None:
-        self._plan = plan
+        """chunks: those that are sampled."""
+        self._step_id = step_id
+        self._chunks = chunks
         self._states = states
         self._wait = wait
 
     def finish(self) -> StepResult:
         """Wait for its result. Raises what `ModelRunner.run` does."""
-        result = StepResult(self._plan.step_id)
-        _note(guard(self._wait, *IN_A_STEP), self._plan.chunks, self._states, result)
+        result = StepResult(self._step_id)
+        _note(guard(self._wait, *IN_A_STEP), self._chunks, self._states, result)
         return result
 
 

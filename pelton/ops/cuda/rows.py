@@ -211,6 +211,26 @@ def _is_ids(ids: Tensor) -> bool:
     return on_gpu(ids) and ids.dtype == torch.int64 and ids.dim() == 1 and ids.is_contiguous()
 
 
+@triton.jit
+def _fill_in_kernel(token_ids_ptr, starts_ptr, rows_ptr, sampled_ptr, num, BLOCK: tl.constexpr):
+    """Some requests a program."""
+    wait_for_inputs()
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows_ptr + i, mask=i < num, other=-1)
+    start = tl.load(starts_ptr + i, mask=i < num, other=0)
+    token = tl.load(sampled_ptr + row, mask=row >= 0, other=0)
+    tl.store(token_ids_ptr + start, tl.maximum(token, 0), mask=row >= 0)
+
+
+def fill_in_(token_ids: Tensor, starts: Tensor, rows: Tensor, sampled: Tensor) -> None:
+    """token_ids[starts[i]] = sampled[rows[i]] where rows[i] >= 0; all int64, rows [R]. Codes in place of tokens, which
+    are negative, end their requests: any token does."""
+    num = rows.shape[0]
+    _fill_in_kernel[(triton.cdiv(num, 128),)](
+        token_ids, starts, rows, sampled, num, BLOCK=128, num_warps=4, **OVERLAP
+    )
+
+
 # --- positions and the cache -----------------------------------------------------------------------------------------
 
 

@@ -181,3 +181,12 @@ def test_what_is_not_taken(device: torch.device) -> None:
     assert not rows.accepts_rms_norm(x, weight.half(), 1e-6) and not rows.accepts_rms_norm(x, weight[:7], 1e-6)
     assert not rows.accepts_rms_norm(torch.ones(1, rows.MAX_NORM + 1, device=device), weight, 1e-6)
     assert not rows.accepts_select_rows(x, torch.zeros(2, dtype=torch.int32, device=device))
+
+
+def test_samples_are_filled_in(device: torch.device) -> None:
+    token_ids = torch.arange(300, device=device)
+    starts, rows_of = torch.tensor([0, 1, 7, 299], device=device), torch.tensor([-1, 2, 0, 1], device=device)
+    rows.fill_in_(token_ids, starts, rows_of, torch.tensor([50, -3, 60], device=device))
+    expected = torch.arange(300)
+    expected[[1, 7, 299]] = torch.tensor([60, 50, 0])
+    assert torch.equal(token_ids.cpu(), expected)
