@@ -346,6 +346,11 @@ def _is_deterministic(args: EngineArgs, device: DeviceFacts) -> bool:
             f"--deterministic: on {device.name} pelton computes in plain torch, which does not promise that; leave the "
             "flag out"
         )
+    if args.deterministic and args.tensor_parallel_size > 2:
+        raise ConfigError(
+            f"--deterministic: in which order {args.tensor_parallel_size} ranks are summed depends on the number of "
+            "rows; use --tensor-parallel-size 1 or 2"
+        )
     if not args.deterministic or device.kind == "cpu":
         return False
     if args.max_num_batched_tokens is not None and args.max_num_batched_tokens <= 2 * FEW_TOKENS:

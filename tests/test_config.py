@@ -189,6 +189,9 @@ def test_deterministic_where_kernels_are() -> None:
         decide({"deterministic": True})
     with pytest.raises(ConfigError, match="--max-num-batched-tokens must be more than 16, got 16"):
         decide({"deterministic": True, "max_num_batched_tokens": 16}, model=model, device=gpu)
+    assert decide({"deterministic": True, "tensor_parallel_size": 2}, model=model, device=gpu).device.deterministic
+    with pytest.raises(ConfigError, match="--deterministic: in which order 4 ranks .*-parallel-size 1 or 2$"):
+        decide({"deterministic": True, "tensor_parallel_size": 4}, model=model, device=gpu)
 
 
 def test_formats_are_kept_where_kernels_read_them() -> None:

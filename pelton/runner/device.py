@@ -37,7 +37,7 @@ def probe_device(kind: str, visible: str | None = None, ranks: Ranks = ALONE) ->
     num_cores = _num_cores(cpus)
     if kind == "cuda" or (kind == "auto" and has_cuda):
         num_devices = torch.cuda.device_count()
-        if ranks.rank == 0 and num_devices < ranks.size:
+        if ranks.rank == 0 and ranks.size > max(1, num_devices):
             raise ConfigError(
                 f"--tensor-parallel-size {ranks.size}: torch sees {num_devices} GPU{'s' * (num_devices > 1)}; use "
                 f"{num_devices}, or name more in CUDA_VISIBLE_DEVICES if it is set"
