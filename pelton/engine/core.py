@@ -57,7 +57,7 @@ class EngineCore:
         plan, started = self._ahead or self._begin(self.scheduler.schedule())
         self._ahead = None
         result = None if started is None else self._finish(plan, started)
-        if result is None:
+        if result is None:  # where it failed, the traceback and the tensors that it held are gone
             plan, result = self._run(self.scheduler.without_ended(plan))
         updates = self.scheduler.commit(plan, result)
         if self._unfit is not None:

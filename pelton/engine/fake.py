@@ -64,12 +64,12 @@ class FakeRunner:
 
     def take_over(self, plan: StepPlan) -> None:
         """Which requests are new, and which are gone."""
+        for request_id in plan.gone:
+            self._requests.pop(request_id, None)
         for spec in plan.new:
             groups = self.cache.groups
             state = _State(spec, list(spec.prompt_token_ids), [[] for _ in groups], [[] for _ in groups])
             self._requests.setdefault(spec.request_id, state)
-        for request_id in plan.gone:
-            self._requests.pop(request_id, None)
 
     def spoil(self, plan: StepPlan) -> None:
         """A step that was begun, and those begun behind it, when it fails: what it has written is of no use."""

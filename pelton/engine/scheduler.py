@@ -156,8 +156,7 @@ class Scheduler:
     def schedule_ahead(self, plan: StepPlan) -> StepPlan | None:
         """The plan after one that still runs: what is left of its prompts, the token behind each of its other requests,
         and new requests in the room that is left. Requests that will have ended for certain are left out; one that ends
-        unexpectedly is computed in vain. None if that needs results of `plan`, or more blocks than are free, or if one
-        of them has to wait.
+        unexpectedly is computed in vain. None if that needs results of `plan`, or more blocks than are free.
         """
         ends = {chunk.request_id: chunk for chunk in plan.chunks}
         if any(request.request_id not in ends for request in self._running):
@@ -169,10 +168,10 @@ class Scheduler:
         for num_behind, request in zip(reversed(range(len(self._running))), self._running, strict=True):
             chunk = ends[request.request_id]
             start, num_known = chunk.start + chunk.num_tokens, len(request.token_ids)
-            if start == num_known:
+            if start < num_known:
+                num_tokens = self._num_next(request, start, budget - num_behind)
+            else:
                 num_tokens = int(chunk.sample and not request.ends_at(num_known + 1))
-            elif (num_tokens := self._num_next(request, start, budget - num_behind)) == 0:
-                return None
             if num_tokens:
                 nexts.append((request, start, num_tokens))
                 budget -= num_tokens
@@ -206,7 +205,7 @@ class Scheduler:
                 request.has_table = False
 
     def without_ended(self, plan: StepPlan) -> StepPlan:
-        """A plan of schedule_ahead() that has not begun, when the step before is over."""
+        """What is still wanted of a plan that was made some time ago and is to be run now."""
         return replace(plan, chunks=tuple(chunk for chunk in plan.chunks if chunk.request_id in self._requests))
 
     def can_cut(self, chunk: Chunk) -> bool:

@@ -227,6 +227,12 @@ class Engine:
         assert set(ids) <= self.seen.keys(), "a chunk of a request that the runner does not know"
         assert set(plan.gone) <= self.seen.keys(), "a request is gone that never was"
         assert not set(plan.gone) & set(ids)
+        for chunk in plan.chunks:
+            spec = self.specs[chunk.request_id]
+            num_prompt, max_tokens = len(spec.prompt_token_ids), spec.params.max_tokens
+            most = self.config.max_model_len if max_tokens is None else num_prompt + max_tokens
+            most = max(num_prompt, min(most, self.config.max_model_len) - 1)
+            assert chunk.start + chunk.num_tokens <= most, "a token that nothing follows is computed"
 
     def _check_kernels(self, plan: StepPlan) -> None:
         """What a request sees was computed in chunks of many tokens where it is a prompt of many, else in few."""
