@@ -178,7 +178,10 @@ class Scheduler:
         num_missing = sum(request.kv.num_missing(start + num_tokens) for request, start, num_tokens in nexts)
         if num_missing > self._pool.num_free:
             return None
-        chunks = [self._chunk_ahead(*each) for each in nexts]
+        chunks: list[Chunk] = []
+        for request, start, num_tokens in nexts:
+            request.kv.grow(start + num_tokens)
+            chunks.append(_chunk(request, start, num_tokens, start // self._cache.block_size))
         new: list[EngineRequest] = []
         self._schedule_waiting(chunks, new, budget)
         if not chunks:
@@ -186,13 +189,6 @@ class Scheduler:
         gone = tuple(request_id for request_id in self._gone if request_id not in ends)
         self._gone = [request_id for request_id in self._gone if request_id in ends]  # the runner may still need them
         return self._plan(new, chunks, gone)
-
-    def _chunk_ahead(self, request: Request, start: int, num_tokens: int) -> Chunk:
-        """A running request's chunk behind one that still runs."""
-        end, first = start + num_tokens, start // self._cache.block_size
-        request.kv.grow(end)
-        sample = end >= len(request.token_ids) and request.max_tokens > 0
-        return Chunk(request.request_id, start, num_tokens, first, request.kv.entries(first), sample)
 
     def take_back(self, plan: StepPlan) -> None:
         """Forget a plan of schedule_ahead(), which the runner may not have seen; what it would have computed is planned
@@ -252,7 +248,7 @@ class Scheduler:
             num_tokens = self._num_next(request, request.num_computed, budget - num_behind)
             if num_tokens and self._make_room(request, num_tokens):
                 first = request.num_computed // self._cache.block_size if request.has_table else 0
-                chunks.append(_chunk(request, num_tokens, first))
+                chunks.append(_chunk(request, request.num_computed, num_tokens, first))
                 budget -= num_tokens
             else:
                 is_short = True
@@ -302,7 +298,7 @@ class Scheduler:
             if not self._has_room(request, prefix):
                 return
             self._admit(request, prefix, num_tokens, new)
-            chunks.append(_chunk(request, num_tokens, 0))
+            chunks.append(_chunk(request, start, num_tokens, 0))
             budget -= num_tokens
 
     def _most_shared(self, num_prompt: int) -> int | None:
@@ -423,17 +419,17 @@ def _rank(request: Request) -> tuple[int, int]:
     return request.rank
 
 
-def _chunk(request: Request, num_tokens: int, table_start: int) -> Chunk:
-    """The next `num_tokens` tokens of a request. Its first chunk after admission brings the whole table, each later
-    one the entries that it writes to."""
+def _chunk(request: Request, start: int, num_tokens: int, table_start: int) -> Chunk:
+    """The next `num_tokens` tokens of a request, of which the first may not be known yet. Its first chunk after
+    admission brings the whole table, each later one the entries that it writes to."""
     request.has_table = True
     return Chunk(
         request_id=request.request_id,
-        start=request.num_computed,
+        start=start,
         num_tokens=num_tokens,
         table_start=table_start,
         blocks=request.kv.entries(table_start),
-        sample=num_tokens == request.num_left and request.max_tokens > 0,
+        sample=start + num_tokens >= len(request.token_ids) and request.max_tokens > 0,
     )
 
 
