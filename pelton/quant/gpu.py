@@ -22,7 +22,7 @@ from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 from pelton.quant import CODED
 from pelton.quant.codes import Codes
 from pelton.quant.layout import W8A8, Blocks, Codebook4, Dense, Float8, Int, LinearWeight, Stack
-from pelton.quant.tiled import make_tiles
+from pelton.quant.tiled import group_size, make_tiles
 
 MAX_DENSE_ROWS = 4  # more are multiplied as fast by torch
 
@@ -227,9 +227,11 @@ def _join(parts: Sequence[LinearWeight], dtype: torch.dtype, deterministic: bool
         return [Int8((first.codes - 128).view(torch.int8).contiguous(), first.scales.flatten(), dtype)]
     if len(parts) > 1 and any(part.shape[0] % ROWS for part in parts[:-1]):
         return [joined for part in parts for joined in _join([part], dtype, deterministic)]
-    if isinstance(first, Dense) or first.shape[1] % COLUMNS or dtype not in few_rows.HALVES:
-        return [Numbers(torch.cat([part.dequantize().to(dtype) for part in parts]), deterministic)]
-    return [Tiled(make_tiles(_concatenate([_codes(part) for part in parts])), dtype, deterministic)]
+    if not (isinstance(first, Dense) or first.shape[1] % COLUMNS or dtype not in few_rows.HALVES):
+        codes = _concatenate([_codes(part) for part in parts])
+        if group_size(codes) is not None:
+            return [Tiled(make_tiles(codes), dtype, deterministic)]
+    return [Numbers(torch.cat([part.dequantize().to(dtype) for part in parts]), deterministic)]
 
 
 def _kind(weight: LinearWeight) -> object:
