@@ -56,8 +56,10 @@ class EngineCore:
         """
         plan, started = self._ahead or self._begin(self.scheduler.schedule())
         self._ahead = None
-        chunks, result = self._run(plan) if started is None else self._finish(plan, started)
-        updates = self.scheduler.commit(replace(plan, chunks=chunks), result)
+        result = None if started is None else self._finish(plan, started)
+        if result is None:  # where it failed, the traceback and the tensors that it held are gone
+            plan, result = self._run(self.scheduler.without_ended(plan))
+        updates = self.scheduler.commit(plan, result)
         if self._unfit is not None:
             self._shrink(self._unfit, result)
         return updates
@@ -75,29 +77,30 @@ class EngineCore:
             self._note_failure(plan, error)
             return plan, None
 
-    def _finish(self, plan: StepPlan, started: Started) -> tuple[tuple[Chunk, ...], StepResult]:
-        """While the step runs, the next one is planned, and begun behind it on the device."""
+    def _finish(self, plan: StepPlan, started: Started) -> StepResult | None:
+        """While the step runs, the next one is planned, and begun behind it on the device. None: the step failed, and
+        both are to be run."""
         next_plan = self.scheduler.schedule_ahead(plan)
         if next_plan is not None:
             self._ahead = self._begin(next_plan)
         try:
-            return plan.chunks, started.finish()
+            return started.finish()
         except FATAL:
             raise
         except Exception as error:  # a kernel failed, and what was begun behind it is void
             self._note_failure(plan, error)
             if next_plan is not None:
                 self._ahead = next_plan, None
-        return self._run(plan)  # the traceback, and the tensors it holds, are gone
+            return None
 
-    def _run(self, plan: StepPlan) -> tuple[tuple[Chunk, ...], StepResult]:
+    def _run(self, plan: StepPlan) -> tuple[StepPlan, StepResult]:
         """Run a plan; if that fails, find the requests that make it fail and fail only those.
 
         The plan is halved until a failing half is one chunk; where memory runs out, even that is cut, and its rest left
-        for later steps. Chunks are idempotent, so running one again is safe. Returns also what was computed.
+        for later steps. Chunks are idempotent, so running one again is safe. Returns also the part that was computed.
         """
         try:
-            return plan.chunks, self.runner.run(plan)
+            return plan, self.runner.run(plan)
         except FATAL:
             raise
         except Exception as error:  # whatever a kernel throws: it is reported to the request it belongs to
@@ -106,13 +109,13 @@ class EngineCore:
             self._note_failure(plan, error)
             is_memory = isinstance(error, OutOfMemoryError)
             if len(plan.chunks) == 1 and not (is_memory and self.scheduler.can_cut(plan.chunks[0])):
-                return plan.chunks, _failed(plan, error)
+                return plan, _failed(plan, error)
         if len(plan.chunks) == 1:
             return self._run(replace(plan, chunks=(_first_half(plan.chunks[0]),)))
         middle = len(plan.chunks) // 2
         first, result = self._run(replace(plan, chunks=plan.chunks[:middle]))
         second, other = self._run(replace(plan, chunks=plan.chunks[middle:]))
-        return first + second, _merge(result, other)
+        return replace(plan, chunks=first.chunks + second.chunks), _merge(result, other)
 
     def _note_failure(self, plan: StepPlan, error: Exception) -> None:
         logger.debug("step %d failed", plan.step_id, exc_info=error)

@@ -54,18 +54,32 @@ class FakeRunner:
 
     def run(self, plan: StepPlan) -> StepResult:
         """Write all chunks into the cache, then read each request's context back, as a layer does."""
-        for spec in plan.new:
-            groups = self.cache.groups
-            state = _State(spec, list(spec.prompt_token_ids), [[] for _ in groups], [[] for _ in groups])
-            self._requests.setdefault(spec.request_id, state)
-        for request_id in plan.gone:
-            self._requests.pop(request_id, None)
+        self.take_over(plan)
         for chunk in plan.chunks:
             self._write(chunk)
         result = StepResult(plan.step_id)
         for chunk in plan.chunks:
             self._compute(chunk, result)
         return result
+
+    def take_over(self, plan: StepPlan) -> None:
+        """Which requests are new, and which are gone."""
+        for request_id in plan.gone:
+            self._requests.pop(request_id, None)
+        for spec in plan.new:
+            groups = self.cache.groups
+            state = _State(spec, list(spec.prompt_token_ids), [[] for _ in groups], [[] for _ in groups])
+            self._requests.setdefault(spec.request_id, state)
+
+    def spoil(self, plan: StepPlan) -> None:
+        """A step that was begun, and those begun behind it, when it fails: what it has written is of no use."""
+        self.take_over(plan)
+        size = self.cache.block_size
+        for chunk in plan.chunks:
+            for group, table in enumerate(self.tables_of(chunk.request_id)):
+                table[chunk.table_start :] = chunk.blocks[group]
+                for position in range(chunk.start, chunk.start + chunk.num_tokens):
+                    self._slots[table[position // size] * size + position % size] = None
 
     def _write(self, chunk: Chunk) -> None:
         state, size = self._requests[chunk.request_id], self.cache.block_size

@@ -27,7 +27,7 @@ import time
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pelton.config import FEW_TOKENS, CacheConfig, SchedulerConfig, blocks_for
 from pelton.engine.block_pool import BlockPool
@@ -151,8 +151,7 @@ class Scheduler:
         if not is_short:
             self._schedule_waiting(chunks, new, budget)
         gone, self._gone = tuple(self._gone), []
-        self._count(chunks)
-        return StepPlan(self._num_steps, tuple(new), tuple(chunks), gone)
+        return self._plan(new, chunks, gone)
 
     def schedule_ahead(self, plan: StepPlan) -> StepPlan | None:
         """The plan after one that still runs: what is left of its prompts, the token behind each of its other requests,
@@ -186,8 +185,7 @@ class Scheduler:
             return None
         gone = tuple(request_id for request_id in self._gone if request_id not in ends)
         self._gone = [request_id for request_id in self._gone if request_id in ends]  # the runner may still need them
-        self._count(chunks)
-        return StepPlan(self._num_steps, tuple(new), tuple(chunks), gone)
+        return self._plan(new, chunks, gone)
 
     def _chunk_ahead(self, request: Request, start: int, num_tokens: int) -> Chunk:
         """A running request's chunk behind one that still runs."""
@@ -205,6 +203,10 @@ class Scheduler:
             request = self._requests.get(chunk.request_id)
             if request is not None and chunk.table_start == 0:
                 request.has_table = False
+
+    def without_ended(self, plan: StepPlan) -> StepPlan:
+        """What is still wanted of a plan that was made some time ago and is to be run now."""
+        return replace(plan, chunks=tuple(chunk for chunk in plan.chunks if chunk.request_id in self._requests))
 
     def can_cut(self, chunk: Chunk) -> bool:
         """Whether half of a chunk can be computed without the rest."""
@@ -237,23 +239,18 @@ class Scheduler:
         """Each running request gets a token in each step, so there are never more of them than tokens."""
         return min(self._config.max_num_seqs, self._max_tokens)
 
-    def _count(self, chunks: list[Chunk]) -> None:
+    def _plan(self, new: list[EngineRequest], chunks: list[Chunk], gone: tuple[int, ...]) -> StepPlan:
         self._num_steps += 1
-        num_tokens = sum(chunk.num_tokens for chunk in chunks)
-        if num_tokens:
-            self._num_tokens += num_tokens
-            self._step_sizes[bisect_left(STEP_SIZES, num_tokens)] += 1
+        return StepPlan(self._num_steps, tuple(new), tuple(chunks), gone)
 
     def _schedule_running(self, chunks: list[Chunk]) -> tuple[int, bool]:
-        """Serve running requests by rank; returns the tokens left, and whether there were too few blocks."""
+        """Serve running requests by rank; returns the tokens left, and whether one had too few of them or of blocks."""
         budget = self._max_tokens
         num_before, is_short = len(self._running), False
         for index, request in enumerate(self._running):  # preemption shortens the list behind the current request
             num_behind = len(self._running) - index - 1  # a token is kept for each of them
             num_tokens = self._num_next(request, request.num_computed, budget - num_behind)
-            if not num_tokens:
-                continue
-            if self._make_room(request, num_tokens):
+            if num_tokens and self._make_room(request, num_tokens):
                 first = request.num_computed // self._cache.block_size if request.has_table else 0
                 chunks.append(_chunk(request, num_tokens, first))
                 budget -= num_tokens
@@ -350,8 +347,11 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult) -> list[Update]:
         """Apply what a step computed. Requests aborted meanwhile are no longer here: their results are dropped."""
         updates, self._aborted = self._aborted, []
-        if self._is_reduced and plan.chunks:
-            self._grow()
+        if plan.chunks:
+            self._num_tokens += plan.num_tokens
+            self._step_sizes[bisect_left(STEP_SIZES, plan.num_tokens)] += 1
+            if self._is_reduced:
+                self._grow()
         for chunk in plan.chunks:
             request = self._requests.get(chunk.request_id)
             if request is not None:

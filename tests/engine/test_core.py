@@ -236,6 +236,51 @@ def test_what_was_planned_ahead_is_taken_back_where_memory_runs_out(ahead: Engin
     assert ahead.runner.request_ids == {1} and not ahead.runner.faults
 
 
+def test_who_was_let_in_ahead_is_told_of_again_where_memory_runs_out(ahead: EngineCore) -> None:
+    """With all of its blocks, of which the first are found."""
+    ahead.submit(EngineRequest(0, list(range(9)), SamplingParams(max_tokens=1)))
+    ahead.step()
+    ahead.submit(EngineRequest(1, list(range(50, 62)), SamplingParams(max_tokens=2)))
+    run, begin, plans = ahead.runner.run, ahead.runner.start, []
+
+    def start(plan: StepPlan) -> Any:
+        if plan.step_id > 2:
+            return None  # without a look at it
+        ahead.submit(EngineRequest(2, [*range(8), 100, 101], SamplingParams(max_tokens=2)))
+        return begin(plan)
+
+    def once(plan: StepPlan) -> StepResult:
+        plans.append(plan)
+        if len(plans) == 1:
+            raise OutOfMemoryError("no room")
+        return run(plan)
+
+    ahead.runner.start, ahead.runner.run = start, once
+    ahead.step()
+    assert ahead._ahead is None and ahead.runner.request_ids == {1} and ahead.scheduler.stats().num_running == 2
+    while ahead.has_work():
+        ahead.step()
+    assert [[spec.request_id for spec in plan.new] for plan in plans] == [[1], [1], [2], []]
+    assert [(c.start, c.table_start) for plan in plans for c in plan.chunks if c.request_id == 2] == [(8, 0), (10, 2)]
+    assert not ahead.runner.faults
+    assert ahead.scheduler.stats().num_tokens == 9 + 12 + 3 + 1  # what was planned twice is counted once
+
+
+def test_what_has_not_begun_leaves_out_who_has_ended_meanwhile(ahead: EngineCore) -> None:
+    ahead.runner.scripts = {0: [7], 1: [5, 5, 5]}
+    for request_id in range(2):
+        params = SamplingParams(max_tokens=5)
+        ahead.submit(EngineRequest(request_id, [request_id] * 5, params, eos_token_ids=(7,)))
+    start = ahead.runner.start
+    ahead.runner.start = lambda plan: start(plan) if plan.step_id == 1 else None
+    run, plans = ahead.runner.run, []
+    ahead.runner.run = lambda plan: [plans.append(plan), run(plan)][1]
+    ahead.step()
+    assert {chunk.request_id for chunk in ahead._ahead[0].chunks} == {0, 1}
+    ahead.step()
+    assert [{chunk.request_id for chunk in plan.chunks} for plan in plans] == [{0, 1}, {1}]
+
+
 @pytest.mark.parametrize("where", ["run", "start", "finish"])
 def test_a_lost_device_ends_the_engine(ahead: EngineCore, where: str) -> None:
     for request_id in range(3):

@@ -158,6 +158,24 @@ def test_a_prompt_waits_for_room_for_a_chunk(make_engine) -> None:
     assert [tokens_of(engine.step()).get(9, 0) for _ in range(3)] == [0, 0, 15]
 
 
+@pytest.mark.parametrize("begins", ["", "late"])
+def test_nobody_is_let_in_while_a_prompt_waits_for_room(make_engine, begins: str) -> None:
+    """Else short prompts that keep coming would take the room again and again."""
+    engine = make_engine(max_num_batched_tokens=17, max_num_seqs=16, deterministic=True, begins=begins)
+    for first in range(8):
+        engine.submit([first], priority=1, max_tokens=5)
+    engine.step()
+    request_id = engine.submit(prompt(26), max_tokens=1)
+    first = next(tokens for _ in range(9) if (tokens := tokens_of(engine.step()).get(request_id)))
+    assert first == 9  # and the other 17 of its prompt are one chunk
+    for first in range(20):
+        for _ in range(4):
+            engine.submit([first], priority=1, max_tokens=5)
+        engine.step()
+    assert engine.stories[request_id].finish_reason == "length"
+    engine.finish()
+
+
 def test_more_than_eight_tokens_of_a_prompt_are_always_computed(make_engine) -> None:
     engine = make_engine(deterministic=True)
     for length, num_cached in ((28, 0), (28, 16), (29, 20), (20, 8), (8, 0)):

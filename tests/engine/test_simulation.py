@@ -51,10 +51,12 @@ class World:
             max_waiting=rng.choice([2, 20]),
             max_model_len=self.max_model_len,
             chunked=chunked,
-            plans_ahead=seed % 2 == 1,
+            begins=["", "late", "", "at once"][seed % 4],
             deterministic=deterministic,
         )
         self.engine.runner.vocab_size = VOCAB_SIZE
+        self.engine.coin = lambda: rng.random() < 0.5
+        self.needing = rng.choice([0.0, 0.2, 1.0])  # share of the requests that may need results before they go on
         self.arrivals = sorted(rng.randint(0, 20) for _ in range(rng.randint(3, 14)))
         self.prefixes = [self._tokens(rng.randint(1, self.max_model_len // 2)) for _ in range(2)]
         self.requests: list[dict[str, Any]] = []  # what was submitted, by id
@@ -101,17 +103,18 @@ class World:
         prefix = rng.choice(self.prefixes)
         prompt = prefix[: rng.choice([0, len(prefix), rng.randint(0, len(prefix))])] + self._tokens(rng.randint(0, 6))
         max_tokens = rng.randint(0, self.max_model_len)
+        needs_results = rng.random() < self.needing
         return {
             "prompt": prompt,
             "priority": rng.choice([0, 0, 1, 2]),
             "salt": rng.choice(["", "", "", "other"]),
             "eos": EOS,
             "max_tokens": max_tokens,
-            "min_tokens": rng.randint(0, min(max_tokens, 6)),
+            "min_tokens": rng.randint(0, min(max_tokens, 6)) if needs_results else 0,
             "ignore_eos": rng.random() < 0.8,
             "stop_token_ids": rng.choice([[], [], [], [4]]),
             "logprobs": rng.choice([None, None, 1]),
-            "prompt_logprobs": rng.choice([None, None, 1]),
+            "prompt_logprobs": rng.choice([None, None, 1]) if needs_results else None,
             "seed": rng.choice([None, 1, 2]),
             "repetition_detection": rng.choice([None, None, RepetitionDetectionParams(3, 1, 2)]),
         }
