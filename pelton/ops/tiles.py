@@ -1,4 +1,4 @@
-"""Quantised weights as the kernel for few rows of a GPU reads them (cuda/few_rows.cu). quant/tiled.py packs them."""
+"""Quantised weights as kernels of a GPU read them (cuda/tiles.cuh). quant/tiled.py packs them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Tiles:
     has_min: bool
     codes: Tensor  # uint8: 4 bits (or 8, or the lower 2) of each code
     more: Tensor  # uint8: the higher bits
-    scales: Tensor  # uint8: [N / 16, groups, 8 rows, (row, row + 8), (scale, minimum)]
+    scales: Tensor  # uint8: [N / 16, tiles or larger groups, 8 rows, (row, row + 8), groups of a tile, (d, m)]
     supers: Tensor  # float16, likewise for every 256 columns; or empty
     values: Tensor  # float32 [16], where codes are indices; or empty
     float8: bool  # codes of 8 bits are those of float8_e4m3fn

@@ -5,6 +5,7 @@ in one order of sums, whatever the number of rows: a row's result does not depen
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 from pelton.quant import CODED
 from pelton.quant.codes import Codes
 from pelton.quant.layout import W8A8, Blocks, Codebook4, Dense, Float8, Int, LinearWeight, Stack
-from pelton.quant.tiled import make_tiles
+from pelton.quant.tiled import group_size, make_tiles
 
 MAX_DENSE_ROWS = 4  # more are multiplied as fast by torch
 
@@ -54,7 +55,7 @@ class Whole(OnGPU):
     def fused(
         self, x: Tensor, bias: Tensor | None, norm: few_rows.Norm | None = None, gate: str = ""
     ) -> Tensor | None:
-        if _order is not None or not self._is_for_few(x) or not self._fuses(x, norm, gate):
+        if _noted() is not None or not self._is_for_few(x) or not self._fuses(x, norm, gate):
             return None
         out = x.new_empty(x.shape[0], self.shape[0] // 2 if gate else self.shape[0])
         if self.deterministic:
@@ -70,9 +71,9 @@ class Whole(OnGPU):
         return accepts(x, self.operand) and (norm is None or few_rows.accepts_norm(x, self.operand))
 
     def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
-        weight = self.operand
-        if _order is not None:
-            _order.append(self)
+        weight, noted = self.operand, _noted()
+        if noted is not None:
+            noted.append(self)
         if self.deterministic:
             same_rows.multiply(x, weight, out, bias, accumulate, then=self.then)
             return
@@ -96,19 +97,23 @@ class Whole(OnGPU):
         return isinstance(self.operand, Tiles) or (x.shape[0] <= MAX_DENSE_ROWS and not self.deterministic)
 
 
-_order: list[Whole] | None = None
+_thread = threading.local()
+
+
+def _noted() -> list[Whole] | None:
+    """The weights that this thread has multiplied with since it began to note them, if it does."""
+    return getattr(_thread, "noted", None)
 
 
 @contextmanager
 def noting_order() -> Iterator[None]:
     """A step runs in this context: its weights note which is multiplied after which. (Nothing is fused in it.)"""
-    global _order
     noted: list[Whole] = []
-    _order = noted
+    _thread.noted = noted
     try:
         yield
     finally:
-        _order = None
+        _thread.noted = None
     for weight, then in pairwise([*noted, *noted[:1]]):
         weight.then = then.operand
 
@@ -222,9 +227,11 @@ def _join(parts: Sequence[LinearWeight], dtype: torch.dtype, deterministic: bool
         return [Int8((first.codes - 128).view(torch.int8).contiguous(), first.scales.flatten(), dtype)]
     if len(parts) > 1 and any(part.shape[0] % ROWS for part in parts[:-1]):
         return [joined for part in parts for joined in _join([part], dtype, deterministic)]
-    if isinstance(first, Dense) or first.shape[1] % COLUMNS or dtype not in few_rows.HALVES:
-        return [Numbers(torch.cat([part.dequantize().to(dtype) for part in parts]), deterministic)]
-    return [Tiled(make_tiles(_concatenate([_codes(part) for part in parts])), dtype, deterministic)]
+    if not (isinstance(first, Dense) or first.shape[1] % COLUMNS or dtype not in few_rows.HALVES):
+        codes = _concatenate([_codes(part) for part in parts])
+        if group_size(codes) is not None:
+            return [Tiled(make_tiles(codes), dtype, deterministic)]
+    return [Numbers(torch.cat([part.dequantize().to(dtype) for part in parts]), deterministic)]
 
 
 def _kind(weight: LinearWeight) -> object:

@@ -16,15 +16,22 @@ from pelton.quant.codes import Codes
 CHUNK = 1 << 24  # codes packed at once
 
 
-def make_tiles(parts: Codes) -> Tiles:
-    """Pack. Groups must have 16 or 32 columns or a multiple of 64, all as many; or there is only one."""
-    num_out, num_in = parts.codes.shape
-    num_groups = parts.scales.shape[1]
-    group = num_in // num_groups
+def group_size(parts: Codes) -> int | None:
+    """The columns of a group in tiles: 16, 32 or a multiple of 64, all as many, or all there are. None if groups do not
+    fit."""
+    num_in, num_groups = parts.codes.shape[1], parts.scales.shape[1]
     if num_groups == 1:
-        group = -(-num_in // COLUMNS) * COLUMNS
-    if (group not in (16, 32) and group % COLUMNS) or (num_groups > 1 and num_in % num_groups):
-        raise ValueError(f"groups of {group} columns do not fit into tiles")
+        return -(-num_in // COLUMNS) * COLUMNS
+    group = num_in // num_groups
+    return group if num_in % num_groups == 0 and (group in (16, 32) or group % COLUMNS == 0) else None
+
+
+def make_tiles(parts: Codes) -> Tiles:
+    """Pack. ValueError where `group_size` is None."""
+    num_out, num_in = parts.codes.shape
+    group = group_size(parts)
+    if group is None:
+        raise ValueError(f"{parts.scales.shape[1]} groups of {num_in} columns do not fit into tiles")
     step = max(ROWS, CHUNK // num_in // ROWS * ROWS)
     pack = _pack_pairs if parts.values is not None else _pack_codes
     packed = [pack(parts.codes[i : i + step], parts.bits, group == 16) for i in range(0, num_out, step)]

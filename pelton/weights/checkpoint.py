@@ -22,6 +22,7 @@ from pelton.weights.fields import Fields
 from pelton.weights.files import ModelFiles
 from pelton.weights.gguf_names import Architecture
 from pelton.weights.stored import StoredTensor, release, release_files
+from pelton.weights.upload import upload
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Weights decoded at a time: on a CPU, what lies between bytes and result stays in each core's cache.
@@ -108,7 +109,7 @@ class Checkpoint:
             return Dense(self._load(stored, self.dtype, heads))
         order = None if heads == 0 else _half_split_rows(stored, heads)
         self._kept.append(stored)
-        data = torch.from_numpy(stored.data).to(self.device)
+        data = upload(torch.from_numpy(stored.data), self.device)
         return Blocks(stored.type, data, (len(rows), len(columns)), None if order is None else order.to(self.device))
 
     def packed(self, weight: LinearWeight) -> LinearWeight:
@@ -214,14 +215,14 @@ def decode(stored: StoredTensor, dtype: torch.dtype, device: torch.device, inter
     if interleaved_heads:
         data = data.view(stored.shape[0], -1)[_half_split_rows(stored, interleaved_heads)].view(-1)
     if PLAIN.get(stored.type.name) == dtype:
-        return data.view(dtype).view(stored.shape).to(device)
+        return upload(data.view(dtype).view(stored.shape), device)
     block = stored.type
     weights = torch.empty(stored.num_weights // block.block_size, block.block_size, dtype=dtype, device=device)
     chunk = CHUNK_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else CHUNK_ON_GPU
     blocks, step = data.view(-1, block.block_bytes), chunk // block.block_size
     for start in range(0, len(blocks), step):
         part = slice(start, start + step)
-        weights[part] = FORMATS[block.name](blocks[part].to(device))
+        weights[part] = FORMATS[block.name](upload(blocks[part], device))
     return weights.view(stored.shape)
 
 

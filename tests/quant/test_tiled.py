@@ -109,7 +109,7 @@ def test_every_float8(half: bool) -> None:
 
 
 def test_groups_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="groups of 96 columns"):
+    with pytest.raises(ValueError, match="2 groups of 192 columns do not fit"):
         make_tiles(codes(4, 96, num_in=192))
 
 

@@ -448,7 +448,8 @@ def _join_if_last(x, parts, place, share, num_stored, ROWS: tl.constexpr):
             for i in tl.static_range(4):  # whose loads are under way together
                 part = begin + i
                 offsets = _part_offsets(x, parts, place, share, part, row)
-                sums = _join(sums, _load_part(x, parts, offsets, there & (part <= last)))
+                is_there = row < tl.where(part <= last, x.shape.GROUP, 0)
+                sums = _join(sums, _load_part(x, parts, offsets, is_there))
         _store_out(x, sums, place.token, place.g * x.shape.GROUP + row, there)
         tl.store(counter, 0)
 

@@ -9,12 +9,12 @@
 #define COPIES 32
 #include "tiles.cuh"
 
-// The columns of x for one piece, as mma wants them. `row`: x of the lane's row g, from column 64 block on.
+// The columns of x for one piece, as mma wants them.
 struct Columns {
     u32 words[NT][4][2];
 };
 
-// `x`: its rows, `stride` apart.
+// Those from column 64 block on; zeros for rows that are not there. Rows of x lie `stride` apart.
 __device__ __forceinline__ void load(Columns& columns, const u16* x, int stride, int num_rows, int block, int lane) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
     fill_table(table, a);
     __syncthreads();
 #endif
-    extern __shared__ uint4 memory[];  // normalised x, then sums
+    extern __shared__ uint4 memory[];  // normalised x, then the gain, which sums overwrite
 #if NORM
     u16* x = (u16*)memory;
     const int x_stride = a.K;

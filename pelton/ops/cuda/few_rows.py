@@ -16,7 +16,8 @@ from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
 MAX_ROWS = 64
 MAX_INT8_ROWS = 16
-TABLE_BYTES = 10 << 10  # of a block's shared memory: what is not counted, and values that codes stand for
+TABLE_BYTES = 10 << 10  # of a block's shared memory: what is not counted, and more_rows.cu's table of values
+FEW_TABLE_BYTES = 32 << 10  # few_rows.cu's
 MAX_NORMALISED_ROWS, MAX_NORMALISED = 4, 8192  # rows, and their length
 MAX_SHARING = 4  # blocks for each multiprocessor, of those that share columns with others
 PREFETCHED = 8 << 20  # bytes of the next weight, as many as memory gives in a pause
@@ -96,8 +97,13 @@ def accepts_gated(x: Tensor, weight: Tensor | Tiles) -> bool:
 
 
 def accepts_norm(x: Tensor, weight: Tensor | Tiles) -> bool:
-    """Whether `multiply` takes a norm too: each of its blocks normalises all rows."""
-    return x.shape[0] <= MAX_NORMALISED_ROWS and weight.shape[1] <= MAX_NORMALISED
+    """Whether `multiply` takes a norm too: each of its blocks normalises all rows, in its shared memory."""
+    num_rows, num_in = x.shape[0], weight.shape[1]
+    if num_rows > MAX_NORMALISED_ROWS or num_in > MAX_NORMALISED:
+        return False
+    table = FEW_TABLE_BYTES if _has_values(weight) else 0
+    # Rows and the gain; the sums that follow need more than the gain only where all of it is little.
+    return (2 * num_rows + 4) * num_in + table <= shared_memory(x.device) - (1 << 10)
 
 
 def multiply(
@@ -211,11 +217,15 @@ def _cut_more(
     num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, processors: int, shared_memory: int,
     same: bool = False,
 ) -> _More:
-    """Two blocks of a multiprocessor if they can be, and all multiprocessors with as much to do as others. With `same`,
-    the columns are split as for the most rows: nothing else changes the order of a sum."""
+    """As many warps as two stages have memory for, two blocks of a multiprocessor if they can be, and all
+    multiprocessors with as much to do as others. With `same`, the columns are split as for the most rows: nothing else
+    changes the order of a sum."""
     nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
     mt = 2 if is_gated or (nt <= 4 and piece_bytes < 64) else 1
     num_warps, num_chunks = -(-num_out // (ROWS * mt)), -(-num_in // (2 * COLUMNS))
+
+    def stage_bytes(warps: int) -> int:
+        return _More(nt, mt, warps, 1, 1, 1).shared_bytes(num_rows, num_in, piece_bytes)
 
     def cost(cut: tuple[int, int]) -> tuple[float, int]:
         warps, split = cut
@@ -225,14 +235,14 @@ def _cut_more(
     splits: tuple[int, ...] = 1, 2, 3, 4, 6, 8
     if same:
         splits = (_cut_more(MAX_ROWS, num_out, num_in, False, piece_bytes, processors, shared_memory).SPLIT,)
+    most = max(warps for warps in range(1, 9) if 2 * stage_bytes(warps) <= shared_memory - TABLE_BYTES)
     cuts = [
-        (warps, split) for warps in (8, 7, 6, 5, 4) for split in splits
+        (warps, split) for warps in range(most, min(most, 4) - 1, -1) for split in splits
         if split == 1 or (num_chunks >= 4 * split and -(-num_warps // warps) * split <= MAX_SHARING * processors)
     ]
     warps, split = min(cuts, key=cost)
-    stage_bytes = _More(nt, mt, warps, split, 1, 1).shared_bytes(num_rows, num_in, piece_bytes)
-    blocks = 2 if nt * mt <= 8 and shared_memory // 2 - TABLE_BYTES >= 3 * stage_bytes else 1
-    stages = max(2, min(4, (shared_memory // blocks - TABLE_BYTES) // stage_bytes))
+    blocks = 2 if nt * mt <= 8 and shared_memory // 2 - TABLE_BYTES >= 3 * stage_bytes(warps) else 1
+    stages = min(4, (shared_memory // blocks - TABLE_BYTES) // stage_bytes(warps))
     return _More(nt, mt, warps, split, stages, blocks)
 
 
@@ -245,13 +255,17 @@ def _piece_bytes(weight: Tensor | Tiles) -> int:
     return weight.bits * 4 + 2 * max(1, COLUMNS // weight.group) * per_group * weight.scale_bits // 8 + supers
 
 
+def _has_values(weight: Tensor | Tiles) -> bool:
+    return isinstance(weight, Tiles) and weight.values.numel() > 0
+
+
 def _layout(weight: Tensor | Tiles) -> Mapping[str, int]:
     if isinstance(weight, Tensor):
         return {"NUMBERS": 1, "BITS": 16, "GROUP": 64, "SCALE": 16, "MIN": 0, "ZERO": 0, "LOOKUP": 0, "FLOAT8": 0,
                 "INT8": 0}
     return {
         "NUMBERS": 0, "BITS": weight.bits, "GROUP": weight.group, "SCALE": weight.scale_bits,
-        "MIN": int(weight.has_min), "ZERO": weight.zero, "LOOKUP": int(weight.values.numel() > 0),
+        "MIN": int(weight.has_min), "ZERO": weight.zero, "LOOKUP": int(_has_values(weight)),
         "FLOAT8": int(weight.float8), "INT8": 0,
     }
 

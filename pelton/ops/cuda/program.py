@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def _cubin(text: str, source: str, options: Sequence[str]) -> bytes:
     nvrtc.nvrtcVersion(*(ctypes.byref(part) for part in version))
     key = hashlib.sha256(repr((text, options, [part.value for part in version])).encode()).hexdigest()[:32]
     kept = KEPT.expanduser() / f"{Path(source).stem}-{key}.cubin"
-    if kept.exists():
+    with suppress(OSError):  # it is not there, or cannot be read
         return kept.read_bytes()
     image = _compile(nvrtc, text, source, options)
     try:

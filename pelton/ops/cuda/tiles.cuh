@@ -22,8 +22,8 @@ struct Args {
     const u8* supers;     // [N / 16][K / 256][8 rows][row, row + 8][d (, m)] float16
     const float* values;  // [16], with LOOKUP
     const u16* bias;      // [N] of x's type, or null
-    float* partial;       // [N / (16 MT)][SPLIT][16 MT][8 NT]
-    u32* arrived;         // [N / (16 MT)] zeros, zeros again when done
+    float* partial;       // [blocks beside each other][SPLIT][sums of a thread][threads], in more_rows.cu
+    u32* arrived;         // [blocks beside each other] zeros, zeros again when done
     const long long* ids;  // [M] rows to open; or null: all
     const u8* next;        // of what is read after this, on its way when this is done
     int M, N, K, out_stride, x_stride, accumulate;

@@ -74,6 +74,16 @@ def close(got: Tensor, expected: Tensor, half: torch.dtype) -> None:
     assert ((got.double() - expected).abs().max() / scale) < 3 * step, float((got - expected).abs().max() / scale)
 
 
+@pytest.fixture(params=["few", "more", "more with less memory"])
+def _kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which kernel multiplies, whatever the number of rows and the size of the weight."""
+    monkeypatch.setattr(few_rows, "_is_few", lambda *given: request.param == "few")
+    if request.param == "more with less memory":
+        monkeypatch.setattr(few_rows, "shared_memory", lambda device: 99 << 10)
+
+
+@pytest.mark.usefixtures("_kernel")
+@pytest.mark.parametrize("_kernel", ["few", "more"], indirect=True)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_codes(name: str, half: torch.dtype) -> None:
@@ -128,8 +138,9 @@ def test_numbers(half: torch.dtype, num_out: int, num_in: int) -> None:
         close(residual, expected, half)
 
 
+@pytest.mark.usefixtures("_kernel")
 @pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("name", ["numbers", "int4 group 128", "Q4_K", "Q6_K", "float8 group 128"])
+@pytest.mark.parametrize("name", ["numbers", "int4 group 128", "Q4_K", "Q6_K", "Q8_0", "float8 group 128"])
 def test_gates(gate: str, name: str) -> None:
     torch.manual_seed(0)
     half = torch.bfloat16
@@ -142,7 +153,7 @@ def test_gates(gate: str, name: str) -> None:
                                   if isinstance(value, Tensor)})
         weight, numbers = make_tiles(parts), parts.weights().double()
     act = torch.nn.functional.silu if gate == "silu" else partial(torch.nn.functional.gelu, approximate="tanh")
-    for num_rows in (1, 3, 16, 40):
+    for num_rows in (1, 3, 16, 30, 64):
         x = (torch.randn(num_rows, NUM_IN, device="cuda") * 0.05).to(half)
         out = torch.empty(num_rows, 48, device="cuda", dtype=half)
         few_rows.multiply(x, weight, out, gate=gate)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pelton.ops.cuda import int8
 from pelton.quant import gpu
-from pelton.quant.layout import W8A8, Float8, Stack, fuse
+from pelton.quant.layout import W8A8, Float8, Int, Stack, fuse
 
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -76,6 +76,14 @@ def test_float8_that_is_no_number_stays_visible(device: torch.device) -> None:
     assert isinstance(packed, gpu.Tiled) and packed.tiles.float8 and packed.shape == (96, 256)
     broken = gpu._codes(weights[0]).weights().isnan()
     assert broken[33, 128:].all() and broken.sum() == 128
+
+
+@pytest.mark.parametrize("num_groups", [2, 24])
+def test_groups_that_do_not_fit_into_tiles_become_numbers(device: torch.device, num_groups: int) -> None:
+    codes = torch.randint(0, 16, (32, 192), dtype=torch.uint8).to(device)
+    weight = Int(4, codes, torch.rand(32, num_groups).to(device), 8)
+    packed = gpu.pack(weight, torch.bfloat16)
+    assert isinstance(packed, gpu.Numbers) and torch.equal(packed.weight, weight.dequantize().bfloat16())
 
 
 @pytest.mark.gpu

@@ -37,11 +37,12 @@ def test_what_was_compiled_is_kept(compiled: list[str]) -> None:
     assert compiled == ["x.cu", "x.cu"]
 
 
-def test_a_home_that_cannot_be_written_to(
-    compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("name", ["file", "n" * 300], ids=["a file", "a name that the system refuses"])
+def test_a_home_that_cannot_be_used(
+    compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(program, "KEPT", tmp_path / "file" / "kernels")
+    monkeypatch.setattr(program, "KEPT", tmp_path / name / "kernels")
     with caplog.at_level(logging.WARNING):
         assert [program._cubin("text", "x.cu", []) for _ in range(2)] == [b"machine code"] * 2
     assert compiled == ["x.cu", "x.cu"] and "cannot be kept" in caplog.text

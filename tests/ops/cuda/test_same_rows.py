@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,21 @@ def test_deterministic_weights_are_multiplied_so(device: torch.device) -> None:
             weight.matmul(x[:num_rows], add_to=x[:num_rows, :78].clone()),
             weight.matmul(x, add_to=x[:, :78].clone())[:num_rows],
         )
+
+
+def test_weights_note_which_comes_after(device: torch.device) -> None:
+    """Those of the same thread: others may run other models meanwhile."""
+    first, second, other = (
+        gpu.pack(Dense(random(64, 64, seed=seed).to(device)), F32, deterministic=True) for seed in range(3)
+    )
+    x = random(2, 64).to(device)
+    with gpu.noting_order():
+        first.matmul(x)
+        thread = threading.Thread(target=other.matmul, args=(x,))
+        thread.start()
+        thread.join()
+        second.matmul(x)
+    assert first.then is second.operand and second.then is first.operand and other.then is None
 
 
 @pytest.mark.gpu

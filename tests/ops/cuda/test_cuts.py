@@ -1,0 +1,56 @@
+"""How products of few rows are cut: what a block needs fits into the shared memory of every GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pelton.ops.cuda import few_rows
+from pelton.quant.codes import Codes
+from pelton.quant.tiled import make_tiles
+
+GPUS = [(108, 163 << 10), (28, 99 << 10), (82, 99 << 10), (128, 99 << 10), (132, 227 << 10)]  # processors, bytes
+SHAPES = [(64, 192), (1024, 1024), (6144, 4096), (4096, 14336), (28672, 4096), (57344, 8192), (262144, 5376)]
+PIECES = (8, 18, 20, 32, 36, 40, 48, 64, 96)  # bytes: from 2 bits of a code to 8 with a scale and a minimum for each 16
+STATIC = 1 << 10  # at most, but for tables of values
+
+
+@pytest.mark.parametrize(("processors", "memory"), GPUS)
+@pytest.mark.parametrize("same", [False, True])
+def test_more_rows_fit(processors: int, memory: int, same: bool) -> None:
+    for num_out, num_in in SHAPES:
+        for piece_bytes in PIECES:
+            for num_rows, gated in [(rows, gated) for rows in (9, 16, 17, 32, 33, 64) for gated in (False, True)]:
+                cut = few_rows._cut_more(num_rows, num_out, num_in, gated, piece_bytes, processors, memory, same)
+                needed = cut.shared_bytes(num_rows, num_in, piece_bytes) + (8 << 10) + STATIC
+                assert cut.STAGES >= 2 and cut.BLOCKS * needed <= memory, (num_out, num_in, piece_bytes, cut)
+
+
+@pytest.mark.parametrize(("processors", "memory"), GPUS)
+def test_few_rows_fit(processors: int, memory: int) -> None:
+    for num_out, num_in in SHAPES:
+        for num_rows, gated in [(rows, gated) for rows in (1, 4, 8, 9, 17, 33, 64) for gated in (False, True)]:
+            for dense, same in ((False, False), (False, True), (True, False)):
+                cut = few_rows._cut(num_rows, num_out, num_in, gated, dense, processors, same)
+                needed = cut.shared_bytes(num_rows, num_in, 64) + (0 if dense else few_rows.FEW_TABLE_BYTES) + STATIC
+                assert needed <= memory, (num_out, num_in, cut)
+
+
+@pytest.mark.parametrize(("processors", "memory"), GPUS)
+@pytest.mark.parametrize("num_in", [1024, 4608, 5376, 8192])
+def test_rows_are_normalised_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch, num_in: int, processors: int, memory: int
+) -> None:
+    monkeypatch.setattr(few_rows, "shared_memory", lambda device: memory)
+    codes, scales = torch.zeros(32, num_in, dtype=torch.uint8), torch.ones(32, num_in // 64)
+    for values in (None, tuple(map(float, range(16)))):
+        tiles = make_tiles(Codes(4, codes, scales, values=values))
+        for num_rows in (1, 2, 3, 4):
+            accepted = few_rows.accepts_norm(torch.empty(num_rows, num_in), tiles)
+            assert accepted or (values and memory < 128 << 10)
+            for num_out in (1024, 8192, 57344):
+                cut = replace(few_rows._cut(num_rows, num_out, num_in, True, False, processors), NORM=1)
+                table = few_rows.FEW_TABLE_BYTES if values else 0
+                assert not accepted or cut.shared_bytes(num_rows, num_in, 20) + table + STATIC <= memory
