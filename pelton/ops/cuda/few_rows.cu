@@ -1,11 +1,11 @@
 // out[m, n] = sum over k of x[m, k] w[n, k], for M <= 8 NT rows of x: bound by reading w once.
 //
 // A warp multiplies 16 MT rows of w with all rows of x by mma.m16n8k16 (w is its A, x its B), 64 columns at a time. The
-// warps of a block, and of SPLIT blocks, take columns in turn; what they summed is added up in a fixed order. Which
-// columns an mma multiplies is free, so a lane takes those whose bytes lie together.
+// warps of a block take columns in turn; what they summed is added up in a fixed order. Which columns an mma multiplies is
+// free, so a lane takes those whose bytes lie together.
 //
 // K is a multiple of 64, and rows of x begin at multiples of 16 bytes. Defined when compiled, beside what tiles.cuh names:
-// NT, MT, WARPS, SPLIT, AHEAD; NORM: rows of x are normalised first, x / rms(x) * gain, by each block for itself.
+// NT, MT, WARPS, AHEAD; NORM: rows of x are normalised first, x / rms(x) * gain, by each block for itself.
 #define COPIES 32
 #include "tiles.cuh"
 
@@ -145,7 +145,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
     const int first_tile = blockIdx.x * MT;
     const auto tile_of = [&](int i) { return min(first_tile + i, num_tiles - 1); };
 #endif
-    const int step = WARPS * SPLIT, begin = blockIdx.y * WARPS + warp;
     Place places[MT];
 #pragma unroll
     for (int i = 0; i < MT; ++i) places[i] = place_of(a, tile_of(i), lane);
@@ -157,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
     };
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
-        if (begin + i * step < num_blocks) fetch(i, begin + i * step);
+        if (warp + i * WARPS < num_blocks) fetch(i, warp + i * WARPS);
     alignas(16) __shared__ u32 table[TABLE_SIZE];
 #if LOOKUP
     fill_table(table, a);
@@ -180,16 +179,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
 #endif
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
-        if (begin + i * step < num_blocks) load(columns_of[i], x, x_stride, a.M, begin + i * step, lane);
+        if (warp + i * WARPS < num_blocks) load(columns_of[i], x, x_stride, a.M, warp + i * WARPS, lane);
 
     Sum sums[MT][NT][4] = {};
-    for (int block = begin; block < num_blocks; block += AHEAD * step) {
+    for (int block = warp; block < num_blocks; block += AHEAD * WARPS) {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            const int now = block + i * step;
+            const int now = block + i * WARPS;
             if (now >= num_blocks) break;
             multiply(sums, pieces[i], columns_of[i], table);
-            const int next = now + AHEAD * step;
+            const int next = now + AHEAD * WARPS;
             if (next < num_blocks) {
                 fetch(i, next);
                 load(columns_of[i], x, x_stride, a.M, next, lane);
@@ -199,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
 
     let_next_begin();  // not before: what waits would take the place of what reads
     prefetch_next(a);
-    // Sums of all warps: [warp][row][column of x], then of all blocks.
+    // Sums of all warps: [warp][row][column of x].
     constexpr int rows = 16 * MT, columns = 8 * NT, padded = columns + 1;
     for (int i = 0; i < MT; ++i)
         for (int n = 0; n < NT; ++n)
@@ -216,32 +215,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
         }
         store_gated(a, m, n, gate, up);
     }
-    return;
-#endif
-    Sum* partial = (Sum*)a.partial + u64(blockIdx.x) * SPLIT * rows * columns;
+#else
     for (int e = threadIdx.x; e < rows * columns; e += 32 * WARPS) {
         const int row = e % rows, m = e / rows;
         Sum y = 0;
         for (int w = 0; w < WARPS; ++w) y += shared[(w * rows + row) * padded + m];
-        if (SPLIT == 1)
-            store(a, m, 16 * first_tile + row, y);
-        else if (m < a.M)
-            partial[blockIdx.y * rows * columns + e] = y;
-    }
-    if (SPLIT == 1) return;
-    __shared__ u32 is_last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(a.arrived + blockIdx.x, 1) == SPLIT - 1;
-    __syncthreads();
-    if (!is_last) return;
-    __threadfence();
-    for (int e = threadIdx.x; e < rows * columns; e += 32 * WARPS) {
-        const int row = e % rows, m = e / rows;
-        if (m >= a.M) break;
-        Sum y = 0;
-        for (int p = 0; p < SPLIT; ++p) y += __ldcg(partial + p * rows * columns + e);
         store(a, m, 16 * first_tile + row, y);
     }
-    if (threadIdx.x == 0) a.arrived[blockIdx.x] = 0;
+#endif
 }

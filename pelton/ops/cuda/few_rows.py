@@ -40,17 +40,16 @@ class _Args(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Few:
-    """How few_rows.cu cuts the work: rows of x / 8, tiles of 16 weight rows of a block, its warps, blocks that share
-    columns, and how many pieces a warp asks for ahead."""
+    """How few_rows.cu cuts the work: rows of x / 8, tiles of 16 weight rows of a block, its warps, and how many pieces
+    a warp asks for ahead."""
 
     NT: int
     MT: int
     WARPS: int
-    SPLIT: int
     AHEAD: int
-
     NORM: int = 0
 
+    SPLIT = 1  # a block has all columns
     kernel = "few_rows"
 
     def shared_bytes(self, num_rows: int, num_in: int, piece_bytes: int) -> int:
@@ -202,14 +201,14 @@ def _cut(
     tiles = -(-num_out // ROWS)
     few, wide = tiles <= 2 * processors, tiles > 4 * processors
     if is_dense:
-        return _Few(nt, 2 if is_gated else 1, 8, 1, 4 if few else 2)
+        return _Few(nt, 2 if is_gated else 1, 8, 4 if few else 2)
     if nt <= 2:
         mt, warps = (2, 16) if few else (2, 4) if wide else (1, 8)
     else:
         mt, warps = (2, 8 if few else 4) if nt == 4 else (1, 8)
     if same:
-        return _Few(nt, 2 if is_gated else mt, 8, 1, (4, 3, 3, 2)[nt.bit_length() - 1])
-    return _Few(nt, 2 if is_gated else mt, warps, 1, 3 if nt <= 4 else 2)
+        return _Few(nt, 2 if is_gated else mt, 8, (4, 3, 3, 2)[nt.bit_length() - 1])
+    return _Few(nt, 2 if is_gated else mt, warps, 3 if nt <= 4 else 2)
 
 
 @cache
