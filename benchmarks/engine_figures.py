@@ -72,14 +72,14 @@ def import_engine(name: str) -> Any:
     return engine
 
 
-def timer(engine: Any, llm: Any) -> Seconds:
-    """Times completions of random prompts, no two alike."""
+def timer(engine: Any, llm: Any, most: int = 40_000, **options: Any) -> Seconds:
+    """Times completions of random prompts, no two alike, of token ids below `most`. options: of SamplingParams."""
     rng = random.Random(0)
 
     def seconds(num_requests: int, num_prompt: int, num_new: int) -> float:
-        prompts = [{"prompt_token_ids": [rng.randrange(100, 40000) for _ in range(num_prompt)]}
+        prompts = [{"prompt_token_ids": [rng.randrange(100, most) for _ in range(num_prompt)]}
                    for _ in range(num_requests)]
-        params = engine.SamplingParams(temperature=0.0, max_tokens=num_new, ignore_eos=True)
+        params = engine.SamplingParams(temperature=0.0, max_tokens=num_new, ignore_eos=True, **options)
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         elapsed = time.perf_counter() - start

@@ -13,13 +13,14 @@ import argparse
 import importlib
 import json
 import os
-import random
 import shutil
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from engine_figures import timer
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 VLLM_ENVIRONMENT = {
@@ -55,19 +56,7 @@ def main() -> None:
     llm = engine.LLM(model=str(folder), **options)
     loaded = time.perf_counter()
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    rng = random.Random(0)
-
-    def seconds(num: int, num_prompt: int, num_new: int) -> float:
-        prompts = [{"prompt_token_ids": [rng.randrange(100, vocab_size - 100) for _ in range(num_prompt)]}
-                   for _ in range(num)]
-        params = engine.SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=num_new, detokenize=False)
-        begin = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        took = time.perf_counter() - begin
-        if sum(len(output.outputs[0].token_ids) for output in outputs) != num * num_new:
-            raise SystemExit("tokens are missing")
-        return took
-
+    seconds = timer(engine, llm, vocab_size - 100, detokenize=False)
     seconds(1, 16, 1)
     first = time.perf_counter()
     tell("start", import_s=imported - start, load_s=loaded - imported, to_first_token_s=first - start)

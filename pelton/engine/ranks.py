@@ -24,11 +24,11 @@ from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
 from pelton.config import EngineArgs
-from pelton.engine.core import Runner
 from pelton.engine.messages import Begin, Failed, Finish, Meet, Met, Order, Run, Start
 from pelton.engine.process import EXIT_S, RECEIVE_BYTES, how_it_ended, launch
 from pelton.engine.step import EngineRequest, Started, StepPlan, StepResult
 from pelton.engine.wire import FrameParser, WireError, encode
+from pelton.engine.worker import RankRunner
 from pelton.errors import DeviceError, DeviceLostError, EngineDeadError, PeltonError
 from pelton.types import SamplingParams
 
@@ -37,15 +37,10 @@ ANSWER_S = 30.0  # after a step that failed, for what the others still compute
 T = TypeVar("T")
 
 
-class LeadingRunner(Runner, Protocol):
+class LeadingRunner(RankRunner, Protocol):
     """Rank 0's own runner."""
 
-    @property
-    def place(self) -> int: ...
-
     def can_start(self, plan: StepPlan) -> bool: ...
-
-    def start(self, plan: StepPlan) -> Started | None: ...
 
 
 class Workers:

@@ -69,6 +69,8 @@ def start() -> Iterator[Callable[..., Workers]]:
 
 
 def core_of(workers: Workers) -> EngineCore:
+    """An engine of these ranks, once all are there."""
+    workers.wait()
     return EngineCore(Scheduler(LIMITS, CACHE), TeamRunner(First(CACHE, vocab_size=100), workers))
 
 
@@ -93,9 +95,8 @@ def is_running(pid: int) -> bool:
 
 def test_ranks_meet_follow_and_end(start: Callable[..., Workers]) -> None:
     workers = start()
-    workers.wait()
-    assert sorted(os.listdir(workers.folder)) == ["1", "2"]
     core = core_of(workers)
+    assert sorted(os.listdir(workers.folder)) == ["1", "2"]
     for i in range(8):
         submit(core, i, [1, 2, i])
     assert run(core) == dict.fromkeys(range(8), "length")
@@ -118,7 +119,6 @@ def test_they_end_with_the_object() -> None:
 
 def test_a_request_that_fails_everywhere_fails_alone(start: Callable[..., Workers]) -> None:
     workers = start()
-    workers.wait()
     core = core_of(workers)
     core.runner.runner.raises.add(1)  # type: ignore[attr-defined]
     submit(core, 0, [1, 2])
@@ -133,7 +133,6 @@ def test_a_request_that_fails_everywhere_fails_alone(start: Callable[..., Worker
 def test_a_rank_that_dies_ends_the_engine(start: Callable[..., Workers], moment: str) -> None:
     workers, called = start(), threading.Event()
     workers.on_lost(called.set)
-    workers.wait()
     core = core_of(workers)
     submit(core, 0, [1, 2], max_tokens=400)
     core.step()
@@ -181,7 +180,6 @@ def test_a_rank_that_does_not_answer_ends_the_engine(
 ) -> None:
     monkeypatch.setattr(ranks, "ANSWER_S", 0.2)
     workers = start(2)
-    workers.wait()
     core = core_of(workers)
     core.runner.runner.raises.add(0)  # type: ignore[attr-defined]
     submit(core, 0, [HANG])
@@ -192,7 +190,6 @@ def test_a_rank_that_does_not_answer_ends_the_engine(
 
 def test_a_rank_that_runs_out_of_memory_alone_ends_the_engine(start: Callable[..., Workers]) -> None:
     workers = start()
-    workers.wait()
     core = core_of(workers)
     submit(core, 0, [FULL, 2], max_tokens=400)
     submit(core, 1, [3, 4], max_tokens=400)
@@ -208,7 +205,6 @@ def test_rank_0_that_runs_out_of_memory_alone_ends_the_engine(
 ) -> None:
     """The others answer, but have met where it has not."""
     workers = start()
-    workers.wait()
     core = core_of(workers)
 
     def run(plan: StepPlan) -> StepResult:
@@ -229,7 +225,6 @@ def test_a_gpu_that_rank_0_loses_is_told_as_such(
     start: Callable[..., Workers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workers = start()
-    workers.wait()
     core = core_of(workers)
 
     def run(plan: StepPlan) -> StepResult:

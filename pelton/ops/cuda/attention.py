@@ -30,6 +30,7 @@ from pelton import ops
 from pelton.config import FEW_TOKENS
 from pelton.ops.cuda.launch import (
     OVERLAP,
+    counters,
     has_float8,
     let_next_begin,
     num_processors,
@@ -42,7 +43,6 @@ from pelton.ops.cuda.launch import (
 PART = 128  # keys
 MAX_PARTS = 64
 MAX_PROGRAMS = 2  # for each of a GPU's processors
-FEW_ROWS = FEW_TOKENS  # a request with so many new tokens is computed as that many decodes
 MAX_HEAD_SIZE = 256
 MAX_GROUP = 64  # query heads that share a key head
 MAX_GROUP_SIZE = 8192  # numbers of their queries
@@ -262,15 +262,15 @@ def _first_seen(x, position):
 
 @triton.jit(do_not_specialize=["num_requests"])
 def _chunk_kernel(
-    x, num_requests, FEW_ROWS: tl.constexpr, REQUESTS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
+    x, num_requests, FEW_TOKENS: tl.constexpr, REQUESTS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):
-    """One tile a program, of a request with more than FEW_ROWS tokens. Tiles begin at multiples of their length, so
+    """One tile a program, of a request with more than FEW_TOKENS tokens. Tiles begin at multiples of their length, so
     that a token's numbers do not depend on where its chunk begins."""
     wait_for_inputs()
     TOKENS: tl.constexpr = ROWS // x.shape.GROUP
     lengths, contexts = _load_requests(x, num_requests, REQUESTS)
     tiles = tl.cdiv(contexts, TOKENS) - (contexts - lengths) // TOKENS
-    ends = tl.cumsum(tl.where(lengths > FEW_ROWS, tiles, 0), 0)
+    ends = tl.cumsum(tl.where(lengths > FEW_TOKENS, tiles, 0), 0)
     tile = tl.max(ends, 0) - 1 - tl.program_id(0) // x.shape.NUM_KV_HEADS  # the last first: they see the most keys
     if tile < 0:
         return
@@ -531,25 +531,25 @@ def paged_attention(
 
 
 def _compute_chunks(x: Inputs, requests: int) -> None:
-    """Requests with more than FEW_ROWS tokens; requests: the number of them, rounded up."""
+    """Requests with more than FEW_TOKENS tokens; requests: the number of them, rounded up."""
     (num_tokens, num_heads, head_size), num_requests = x.query.shape, x.context_lens.shape[0]
     group = num_heads // x.key.numbers.shape[2]
     tiling = chunk_tiling(head_size, group, x.query.dtype, shared_memory(x.query.device))
     # at most: each request has two that are not full
-    tiles = num_tokens // (tiling.rows // group) + 2 * min(num_requests, num_tokens // (FEW_ROWS + 1))
+    tiles = num_tokens // (tiling.rows // group) + 2 * min(num_requests, num_tokens // (FEW_TOKENS + 1))
     _chunk_kernel[(tiles * (num_heads // group),)](
-        x, num_requests, FEW_ROWS, requests, tiling.rows, tiling.keys,
+        x, num_requests, FEW_TOKENS, requests, tiling.rows, tiling.keys,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **OVERLAP,
     )
 
 
 def _compute_decodes(x: Inputs, requests: int) -> None:
-    """Requests with at most FEW_ROWS tokens, or all if they could have one token each."""
+    """Requests with at most FEW_TOKENS tokens, or all if they could have one token each."""
     (num_tokens, num_heads, head_size), num_requests = x.query.shape, x.context_lens.shape[0]
     num_kv_heads, device = x.key.numbers.shape[2], x.query.device
     group = num_heads // num_kv_heads
     tiling = decode_tiling(head_size, group, x.query.dtype)
-    few_rows = num_tokens if num_tokens == num_requests else FEW_ROWS
+    few_rows = num_tokens if num_tokens == num_requests else FEW_TOKENS
     max_units = triton.cdiv(x.block_table.shape[1] * x.key.numbers.shape[1], PART)
     most = min(num_tokens, num_requests * few_rows) * num_kv_heads * max_units
     num_programs = min(most, MAX_PROGRAMS * num_processors(device))
@@ -566,12 +566,7 @@ def _parts(num_programs: int, most: int, group: int, head_size: int, device: tor
     num_slots = triton.cdiv(most + 1, 4) * 4
     size = num_programs * num_slots * group
     sums = torch.empty(size * (head_size + 2), device=device).split((size, size, size * head_size))
-    return Parts(Sums(*sums), num_slots, _counters(device)[:num_programs])
-
-
-@cache
-def _counters(device: torch.device) -> Tensor:
-    return torch.zeros(MAX_PROGRAMS * num_processors(device), dtype=torch.int32, device=device)
+    return Parts(Sums(*sums), num_slots, counters(device))
 
 
 def accepts_paged_attention(

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pelton.ops.cuda.launch import num_processors, shared_memory
+from pelton.ops.cuda.launch import counters, num_processors, shared_memory
 from pelton.ops.cuda.program import Function, load
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
@@ -19,7 +19,7 @@ MAX_INT8_ROWS = 16
 TABLE_BYTES = 10 << 10  # of a block's shared memory: what is not counted, and more_rows.cu's table of values
 FEW_TABLE_BYTES = 32 << 10  # few_rows.cu's
 MAX_NORMALISED_ROWS, MAX_NORMALISED = 4, 8192  # rows, and their length
-MAX_SHARING = 4  # blocks for each multiprocessor, of those that share columns with others
+MAX_SHARING = 4  # blocks for each multiprocessor, of those that share columns with others; so many are counted
 PREFETCHED = 8 << 20  # bytes of the next weight, as many as memory gives in a pause
 GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
 HALVES = (torch.bfloat16, torch.float16)
@@ -158,9 +158,8 @@ def _launch(
     """`args`: those of the weight, and all bytes that are to be brought into the cache."""
     num_out, num_in = weight.shape
     defines = {**layout, "OUT32": int(out.dtype == torch.float32), **vars(cut)}
-    partial, arrived = _scratch(x.device)
     args.out, args.x, args.bias = out.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr()
-    args.partial, args.arrived = partial.data_ptr(), arrived.data_ptr()
+    args.partial, args.arrived = _scratch(x.device).data_ptr(), counters(x.device).data_ptr()
     args.M, args.N, args.K = x.shape[0], num_out, num_in
     args.out_stride, args.x_stride, args.accumulate = out.stride(0), x.stride(0), int(accumulate)
     blocks = cut.blocks(num_out)  # with a gate too, where each has a tile of either half
@@ -285,10 +284,6 @@ def _function(name: str, defines: tuple[tuple[str, int], ...], shared_bytes: int
 
 
 @cache
-def _scratch(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sums of blocks that share columns, and how many of them are there: for one product at a time."""
-    blocks = MAX_SHARING * num_processors(device)
-    return (
-        torch.empty(blocks * 8 * 2 * ROWS * MAX_ROWS, device=device),
-        torch.zeros(blocks, dtype=torch.int32, device=device),
-    )
+def _scratch(device: torch.device) -> Tensor:
+    """Sums of blocks that share columns, for one product at a time."""
+    return torch.empty(MAX_SHARING * num_processors(device) * 8 * 2 * ROWS * MAX_ROWS, device=device)

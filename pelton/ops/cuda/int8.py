@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pelton.ops.cuda.launch import OVERLAP, num_processors, shared_memory, wait_for_inputs
+from pelton.ops.cuda.launch import OVERLAP, num_processors, place_in_band, shared_memory, wait_for_inputs
 
 COLUMNS = 128  # of both, multiplied at once
 BAND = 8  # blocks of rows that are multiplied with the same rows of the weight one after the other: they stay in caches
@@ -20,12 +20,8 @@ def _matmul_kernel(
 ):
     """ROWS x OUT numbers of the result a program. WHOLE: num_in is a multiple of COLUMNS."""
     wait_for_inputs()
-    per_band = BAND * tl.cdiv(num_out, OUT)
-    first = tl.program_id(0) // per_band * BAND
-    height = tl.minimum(tl.cdiv(num_rows, ROWS) - first, BAND)
-    at = tl.program_id(0) % per_band
-    row = (first + at % height) * ROWS + tl.arange(0, ROWS)
-    n = at // height * OUT + tl.arange(0, OUT)
+    down, across = place_in_band(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(num_out, OUT), BAND)
+    row, n = down * ROWS + tl.arange(0, ROWS), across * OUT + tl.arange(0, OUT)
     column = tl.arange(0, COLUMNS)
     # What lies behind the last row is read as that row, and not written.
     x = x_ptr + tl.minimum(row, num_rows - 1).to(tl.int64)[:, None] * num_in + column[None, :]

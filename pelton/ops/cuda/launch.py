@@ -71,3 +71,19 @@ def has_float8(device: torch.device) -> bool:
 def has_tma(device: torch.device) -> bool:
     """Whether tiles can be fetched by descriptors."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def counters(device: torch.device) -> Tensor:
+    """int32 [4 * processors]: how many of the parts that several programs compute are there. Zeros, which a kernel
+    leaves as it found them, once it has waited for the one before."""
+    return torch.zeros(4 * num_processors(device), dtype=torch.int32, device=device)
+
+
+@triton.jit
+def place_in_band(tile, num_down, num_across, BAND: tl.constexpr):
+    """Where the tile of a matrix [num_down, num_across] lies that a program computes: BAND of them stand one below the
+    other before the next column, so that they share in caches what lies across."""
+    first = tile // (BAND * num_across) * BAND
+    height = tl.minimum(num_down - first, BAND)
+    return first + tile % (BAND * num_across) % height, tile % (BAND * num_across) // height

@@ -10,7 +10,6 @@ Of quantised weights few_rows multiplies up to 64 rows at a time, by one kernel 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,15 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pelton.ops.cuda import few_rows
-from pelton.ops.cuda.launch import OVERLAP, has_tma, num_processors, shared_memory, wait_for_inputs
+from pelton.ops.cuda.launch import (
+    OVERLAP,
+    counters,
+    has_tma,
+    num_processors,
+    place_in_band,
+    shared_memory,
+    wait_for_inputs,
+)
 from pelton.ops.tiles import Tiles
 
 LINE = 128  # bytes of a row that are multiplied at a time
@@ -97,7 +104,7 @@ def multiply(
     most_stages = (shared_memory(x.device) - (2 << 10)) // (LINE * (tile.rows + tile.outs))
     _kernel[(num_tiles, parts if apart else 1)](
         out, *_readable(x, tile.rows, columns), *_readable(weight, tile.outs, columns), bias,
-        torch.empty(size, device=x.device), _arrived(x.device), num_rows, num_out, num_in, out.stride(0),
+        torch.empty(size, device=x.device), counters(x.device), num_rows, num_out, num_in, out.stride(0),
         ACCUMULATE=accumulate, PARTS=parts, APART=apart, ROWS=tile.rows, OUTS=tile.outs, COLUMNS=columns,
         num_warps=tile.num_warps, num_stages=min(tile.num_stages, most_stages), **OVERLAP,
     )
@@ -111,12 +118,6 @@ def _readable(x: Tensor, rows: int, columns: int) -> tuple[Any, int | None]:
     if has_tma(x.device):
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns]), None
     return x, x.stride(0)
-
-
-@cache
-def _arrived(device: torch.device) -> Tensor:
-    """How many parts of each tile are there, for one product at a time."""
-    return torch.zeros(num_processors(device), dtype=torch.int32, device=device)
 
 
 @triton.jit
@@ -168,10 +169,9 @@ def _kernel(
 ):
     """Program (tile, part) sums a part of a tile, or (tile, 0) all of it."""
     wait_for_inputs()
-    tile, row_tiles, out_tiles = tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(num_out, OUTS)
-    first = tile // (GROUP * out_tiles) * GROUP
-    size = tl.minimum(row_tiles - first, GROUP)
-    m, n = (first + tile % (GROUP * out_tiles) % size) * ROWS, tile % (GROUP * out_tiles) // size * OUTS
+    tile = tl.program_id(0)
+    m, n = place_in_band(tile, tl.cdiv(num_rows, ROWS), tl.cdiv(num_out, OUTS), GROUP)
+    m, n = m * ROWS, n * OUTS
     length = tl.cdiv(num_in, PARTS * COLUMNS) * COLUMNS
     begin = tl.program_id(1) * length
     if APART or PARTS == 1:
