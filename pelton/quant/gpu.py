@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Whole(OnGPU):
 
     operand: Tensor | Tiles  # what is multiplied with
     deterministic: bool
-    then: Tensor | Tiles | None = None  # what is multiplied with after it in a step
+    then: Sequence[Tensor | Tiles] = ()  # what is multiplied with after it in a step
 
     def fused(
         self, x: Tensor, bias: Tensor | None, norm: few_rows.Norm | None = None, gate: str = ""
@@ -114,8 +114,8 @@ def noting_order() -> Iterator[None]:
         yield
     finally:
         _thread.noted = None
-    for weight, then in pairwise([*noted, *noted[:1]]):
-        weight.then = then.operand
+    for i, weight in enumerate(noted):
+        weight.then = [noted[(i + 1 + n) % len(noted)].operand for n in range(few_rows.MAX_NEXT)]
 
 
 class Numbers(Whole):

@@ -41,8 +41,10 @@ class Copied(DummyCheckpoint):
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         return self.source.at(self._prefix).tensor(name, shape).float().cpu()
 
-    def linear(self, name: str, shape: tuple[int, int]) -> LinearWeight:
-        return Dense(self.source.at(self._prefix).linear(name, shape).dequantize().float().cpu())
+    def linear(
+        self, name: str, shape: tuple[int, int], rows: range | None = None, columns: range | None = None
+    ) -> LinearWeight:
+        return Dense(self.source.at(self._prefix).linear(name, shape, rows, columns).dequantize().float().cpu())
 
 
 def config_of(architecture: str, **changes: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 // free, so a lane takes those whose bytes lie together.
 //
 // K is a multiple of 64, and rows of x begin at multiples of 16 bytes. Defined when compiled, beside what tiles.cuh names:
-// NT, MT, WARPS, AHEAD; NORM: rows of x are normalised first, x / rms(x) * gain, by each block for itself.
+// NT, MT, WARPS, AHEAD; NORM: rows of x are normalised, x / rms(x) * gain, by each block for itself.
 #define COPIES 32
 #include "tiles.cuh"
 
@@ -39,41 +39,47 @@ __device__ __forceinline__ void load(Columns& columns, const u16* x, int stride,
 }
 
 #if NORM
-// The gain [K] to shared memory: it never changes.
-__device__ __forceinline__ void fetch_gain(float* gain, const Args& a) {
-    for (int k = 4 * threadIdx.x; k < a.K; k += 4 * 32 * WARPS) *(float4*)(gain + k) = __ldg((const float4*)(a.gain + k));
-}
-// Rows of x, normalised, to shared memory [M, K].
-__device__ __forceinline__ void normalise(u16* to, const float* gain, const Args& a, int warp, int lane) {
-    __shared__ float squares[8 * NT][WARPS];
+// x times gain to shared memory [M, K], and the sums of x's squares of each warp: products are divided by rms(x) when
+// they are summed, so that nothing waits for it.
+__device__ __forceinline__ void bring_scaled(u16* to, float (&squares)[8 * NT][WARPS], const Args& a, int warp, int lane) {
+    constexpr int step = 8 * 32 * WARPS, together = 2;  // columns; loads that are under way
     for (int m = 0; m < a.M; ++m) {
         float square = 0.0f;
-        for (int k = 8 * threadIdx.x; k < a.K; k += 8 * 32 * WARPS) {
-            const uint4 v = *(const uint4*)(a.x + u64(m) * a.x_stride + k);
-            *(uint4*)(to + m * a.K + k) = v;
-            for (int i = 0; i < 4; ++i) {
-                const float low = to_float(u16(word(v, i))), high = to_float(u16(word(v, i) >> 16));
-                square += low * low + high * high;
+        for (int begin = 8 * threadIdx.x; begin < a.K; begin += together * step) {
+            uint4 v[together];
+            float4 gain[together][2];
+#pragma unroll
+            for (int i = 0; i < together; ++i) {
+                const int k = begin + i * step;
+                if (k >= a.K) break;
+                v[i] = *(const uint4*)(a.x + u64(m) * a.x_stride + k);
+                for (int h = 0; h < 2; ++h) gain[i][h] = __ldg((const float4*)(a.gain + k) + h);
+            }
+#pragma unroll
+            for (int i = 0; i < together; ++i) {
+                const int k = begin + i * step;
+                if (k >= a.K) break;
+                u32 pairs[4];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const float4 g = gain[i][j / 2];
+                    const float low = to_float(u16(word(v[i], j))), high = to_float(u16(word(v[i], j) >> 16));
+                    square += low * low + high * high;
+                    pairs[j] = to_pair(low * (j % 2 ? g.z : g.x), high * (j % 2 ? g.w : g.y));
+                }
+                *(uint4*)(to + m * a.K + k) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
             }
         }
         for (int by = 16; by; by /= 2) square += __shfl_xor_sync(~0u, square, by);
         if (lane == 0) squares[m][warp] = square;
     }
     __syncthreads();
-    for (int m = 0; m < a.M; ++m) {
-        float square = 0.0f;
-        for (int w = 0; w < WARPS; ++w) square += squares[m][w];
-        const float factor = 1.0f / sqrtf(square / a.K + a.eps);
-        for (int k = 8 * threadIdx.x; k < a.K; k += 8 * 32 * WARPS) {  // what this thread has brought
-            uint4 v = *(const uint4*)(to + m * a.K + k);
-            u32 pairs[4];
-            for (int i = 0; i < 4; ++i)
-                pairs[i] = to_pair(to_float(u16(word(v, i))) * factor * gain[k + 2 * i],
-                                   to_float(u16(word(v, i) >> 16)) * factor * gain[k + 2 * i + 1]);
-            *(uint4*)(to + m * a.K + k) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-        }
-    }
-    __syncthreads();
+}
+// 1 / rms(x[m]).
+__device__ __forceinline__ float factor_of(const float (&squares)[8 * NT][WARPS], const Args& a, int m) {
+    float square = 0.0f;
+    for (int w = 0; w < WARPS; ++w) square += squares[m][w];
+    return rsqrtf(square / a.K + a.eps);
 }
 #endif
 
@@ -162,12 +168,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
     fill_table(table, a);
     __syncthreads();
 #endif
-    extern __shared__ uint4 memory[];  // normalised x, then the gain, which sums overwrite
+    extern __shared__ uint4 memory[];  // x times gain, then sums
 #if NORM
+    __shared__ float squares[8 * NT][WARPS];
     u16* x = (u16*)memory;
     const int x_stride = a.K;
     Sum* shared = (Sum*)(x + a.M * a.K);
-    fetch_gain((float*)shared, a);
 #else
     const u16* x = a.x;
     const int x_stride = a.x_stride;
@@ -175,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
 #endif
     wait_for_inputs();  // weights never change; x is there from here on
 #if NORM
-    normalise(x, (float*)shared, a, warp, lane);
+    bring_scaled(x, squares, a, warp, lane);
 #endif
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
@@ -213,6 +219,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
             gate += shared[(w * rows + row) * padded + m];
             up += shared[(w * rows + 16 + row) * padded + m];
         }
+#if NORM
+        if (m < a.M) gate *= factor_of(squares, a, m), up *= factor_of(squares, a, m);
+#endif
         store_gated(a, m, n, gate, up);
     }
 #else
@@ -220,6 +229,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
         const int row = e % rows, m = e / rows;
         Sum y = 0;
         for (int w = 0; w < WARPS; ++w) y += shared[(w * rows + row) * padded + m];
+#if NORM
+        if (m < a.M) y *= factor_of(squares, a, m);
+#endif
         store(a, m, 16 * first_tile + row, y);
     }
 #endif

@@ -34,20 +34,29 @@ MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 class Function:
     """A compiled kernel, taking one struct of arguments."""
 
-    def __init__(self, handle: ctypes.c_void_p, shared_bytes: int) -> None:
+    def __init__(self, name: str, handle: ctypes.c_void_p) -> None:
+        self._name = name
         self._handle = handle
-        self._shared_bytes = shared_bytes
+        self._most_shared = 0  # bytes that it may have
 
-    def launch(self, grid: tuple[int, int], num_threads: int, args: ctypes.Structure, device: torch.device) -> None:
-        """Enqueue on the current stream. The kernel may begin while the one before still runs, and waits for it."""
+    def launch(
+        self, grid: tuple[int, int], num_threads: int, args: ctypes.Structure, device: torch.device,
+        shared_bytes: int = 0,
+    ) -> None:
+        """Enqueue on the current stream. The kernel may begin while the one before still runs, and waits for it.
+        shared_bytes: of each block, beside what the kernel has for itself."""
+        if shared_bytes > self._most_shared:  # it gets some unasked, but how many is not told
+            _check(_driver().cuFuncSetAttribute(self._handle, MAX_SHARED, shared_bytes), f"memory of {self._name}")
+            self._most_shared = shared_bytes
         attribute = _Attribute(OVERLAP, b"", _Value(programmatic=1))
-        config = _Config(*grid, 1, num_threads, 1, 1, self._shared_bytes, torch.cuda.current_stream(device).cuda_stream,
+        config = _Config(*grid, 1, num_threads, 1, 1, shared_bytes, torch.cuda.current_stream(device).cuda_stream,
                          ctypes.pointer(attribute), int(torch.cuda.get_device_capability(device) >= (9, 0)))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
-        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._handle, pointers, None), "launch")
+        launched = _driver().cuLaunchKernelEx(ctypes.byref(config), self._handle, pointers, None)
+        _check(launched, f"launch of {self._name}")
 
 
-def load(source: str, name: str, defines: Mapping[str, int], shared_bytes: int, device: torch.device) -> Function:
+def load(source: str, name: str, defines: Mapping[str, int], device: torch.device) -> Function:
     """The function `name` of a source file of this folder, compiled with some definitions. DeviceError if it is not."""
     major, minor = torch.cuda.get_device_capability(device)
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "--device-as-default-execution-space",
@@ -58,9 +67,7 @@ def load(source: str, name: str, defines: Mapping[str, int], shared_bytes: int, 
         torch.cuda.current_stream().synchronize()  # makes sure that the device has a context
         _check(_driver().cuModuleLoadData(ctypes.byref(module), image), f"loading {name}")
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
-        if shared_bytes:  # beside what the kernel has for itself they may be more than it gets unasked
-            _check(_driver().cuFuncSetAttribute(function, MAX_SHARED, shared_bytes), f"shared memory of {name}")
-    return Function(function, shared_bytes)
+    return Function(name, function)
 
 
 def _text(source: str) -> str:

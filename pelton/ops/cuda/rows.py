@@ -44,12 +44,13 @@ def _norm_kernel(
     out_ptr, x_ptr, weight_ptr, eps, size, out_stride, x_stride, ADD: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One row a program."""
-    wait_for_inputs()
+    let_next_begin()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)  # never changes
+    wait_for_previous()
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     y = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / size + eps)) * weight
     out = out_ptr + row * out_stride + column
     if ADD:  # what is added has been rounded, as if it had been written
