@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pelton.ops.cuda.launch import counters, num_processors, shared_memory
-from pelton.ops.cuda.program import Function, load
+from pelton.ops.cuda.program import HOPPER, Function, load
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
 MAX_ROWS = 64
@@ -76,11 +76,13 @@ class _More:
     SPLIT: int
     STAGES: int
     BLOCKS: int
+    WGMMA: int  # four warps multiply together
 
     kernel = "more_rows"
 
     def shared_bytes(self, num_rows: int, num_in: int, piece_bytes: int) -> int:
-        return self.STAGES * (2 * 8 * self.NT * (128 + 32) + self.WARPS * 2 * self.MT * 32 * piece_bytes)
+        stride = 128 if self.WGMMA else 128 + 32
+        return self.STAGES * (2 * 8 * self.NT * stride + self.WARPS * 2 * self.MT * 32 * piece_bytes)
 
     def blocks(self, num_out: int) -> int:
         """Blocks beside each other."""
@@ -124,7 +126,9 @@ def multiply(
         cut = _cut(*given, isinstance(weight, Tensor), num_processors(x.device), same)
         cut = cut if norm is None else replace(cut, NORM=1)
     else:
-        cut = _cut_more(*given, _piece_bytes(weight), num_processors(x.device), shared_memory(x.device), same)
+        limits = num_processors(x.device), shared_memory(x.device)
+        has_min = isinstance(weight, Tiles) and weight.has_min
+        cut = _cut_more(*given, _piece_bytes(weight), has_min, *limits, is_hopper(x.device), same)
     defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "GATE": GATES[gate]}
     args = _pointers(weight)
     if norm is not None:
@@ -218,18 +222,18 @@ def _cut(
 
 @cache
 def _cut_more(
-    num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, processors: int, shared_memory: int,
-    same: bool = False,
+    num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, has_min: bool, processors: int,
+    shared_memory: int, has_wgmma: bool, same: bool = False,
 ) -> _More:
     """As many warps as two stages have memory for, two blocks of a multiprocessor if they can be, and all
     multiprocessors with as much to do as others. With `same`, the columns are split as for the most rows: nothing else
     changes the order of a sum."""
     nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
-    mt = 2 if is_gated or (nt <= 4 and piece_bytes < 64) else 1
+    mt = 2 if is_gated or ((nt <= 4 or has_wgmma) and piece_bytes < 64) else 1
     num_warps, num_chunks = -(-num_out // (ROWS * mt)), -(-num_in // (2 * COLUMNS))
 
     def stage_bytes(warps: int) -> int:
-        return _More(nt, mt, warps, 1, 1, 1).shared_bytes(num_rows, num_in, piece_bytes)
+        return _More(nt, mt, warps, 1, 1, 1, has_wgmma).shared_bytes(num_rows, num_in, piece_bytes)
 
     def cost(cut: tuple[int, int]) -> tuple[float, int]:
         warps, split = cut
@@ -238,16 +242,21 @@ def _cut_more(
 
     splits: tuple[int, ...] = 1, 2, 3, 4, 6, 8
     if same:
-        splits = (_cut_more(MAX_ROWS, num_out, num_in, False, piece_bytes, processors, shared_memory).SPLIT,)
-    most = max(warps for warps in range(1, 9) if 2 * stage_bytes(warps) <= shared_memory - TABLE_BYTES)
+        limits = has_min, processors, shared_memory, has_wgmma
+        splits = (_cut_more(MAX_ROWS, num_out, num_in, False, piece_bytes, *limits).SPLIT,)
+    fitting = [
+        warps for warps in range(8, 0, -1)
+        if 2 * stage_bytes(warps) <= shared_memory - TABLE_BYTES and not (has_wgmma and warps % 4)
+    ]
     cuts = [
-        (warps, split) for warps in range(most, min(most, 4) - 1, -1) for split in splits
+        (warps, split) for warps in fitting if warps >= min(fitting[0], 4) for split in splits
         if split == 1 or (num_chunks >= 4 * split and -(-num_warps // warps) * split <= MAX_SHARING * processors)
     ]
     warps, split = min(cuts, key=cost)
-    blocks = 2 if nt * mt <= 8 and shared_memory // 2 - TABLE_BYTES >= 3 * stage_bytes(warps) else 1
+    sums = nt * mt * (2 if has_wgmma and has_min else 1)
+    blocks = 2 if sums <= 8 and shared_memory // 2 - TABLE_BYTES >= 3 * stage_bytes(warps) else 1
     stages = min(4, (shared_memory // blocks - TABLE_BYTES) // stage_bytes(warps))
-    return _More(nt, mt, warps, split, stages, blocks)
+    return _More(nt, mt, warps, split, stages, blocks, int(has_wgmma))
 
 
 def _piece_bytes(weight: Tensor | Tiles) -> int:
@@ -287,6 +296,11 @@ def _pointers(weight: Tensor | Tiles) -> _Args:
 @cache
 def _function(name: str, defines: tuple[tuple[str, int], ...], device: torch.device) -> Function:
     return load(f"{name}.cu", name, dict(defines), device)
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == HOPPER
 
 
 @cache

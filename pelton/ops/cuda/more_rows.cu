@@ -4,13 +4,13 @@
 // As few_rows.cu, but the warps of a block have rows of w of their own, 16 MT each, and share x. 128 columns of x and w
 // at a time lie in shared memory, and more are on their way. SPLIT blocks share the columns; their sums are added up in
 // a fixed order. Defined when compiled, beside what tiles.cuh names: NT, MT, WARPS, SPLIT, STAGES, BLOCKS (of a
-// multiprocessor).
+// multiprocessor); WGMMA: four warps multiply together, as Hopper can, and x is read where it lies; else each for itself.
 #define COPIES 8
 #include "tiles.cuh"
 
-#define CHUNK 128            // columns
-#define STRIDE (CHUNK + 32)  // numbers: what eight lanes read together lies in different banks
-#define STEPS (CHUNK / 16)   // mma of a chunk
+#define CHUNK 128           // columns
+#define STRIDE (WGMMA ? CHUNK : CHUNK + 32)  // numbers of a row of x
+#define STEPS (CHUNK / 16)  // mma of a chunk
 #define GROUPS_OF_CHUNK (GROUP % CHUNK == 0 ? 1 : 2 * GROUPS)
 #define ROWS (8 * NT)
 
@@ -25,10 +25,11 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta
 // Bring bytes to shared memory without waiting; zeros if they are not there.
 template <int bytes>
 __device__ __forceinline__ void fetch(u32 to, const u8* from, bool is_there = true) {
+    const int size = is_there ? bytes : 0;
     if constexpr (bytes == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(is_there ? 16 : 0));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size));
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(bytes));
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(bytes), "r"(size));
 }
 __device__ __forceinline__ void close_fetch() { asm volatile("cp.async.commit_group;"); }
 template <int pending>
@@ -36,29 +37,6 @@ __device__ __forceinline__ void wait_for_fetch() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 constexpr int unit_of(int bytes) { return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : 4; }
-
-// What a thread brings of each chunk of x: 16 bytes of some rows.
-struct Courier {
-    const u16* from;  // of the first row
-    u32 to;           // within a stage
-    int row, column;
-};
-__device__ __forceinline__ Courier courier(const Args& a) {
-    const int row = threadIdx.x / (CHUNK / 8), column = 8 * (threadIdx.x % (CHUNK / 8));
-    return {a.x + u64(row) * a.x_stride + column, u32(2 * (row * STRIDE + column)), row, column};
-}
-__device__ __forceinline__ void fetch_x(const Stage& stage, const Args& a, const Courier& own, int chunk) {
-    constexpr int step = 32 * WARPS / (CHUNK / 8);  // rows
-    const u32 to = shared_address(stage.x) + own.to;
-    const bool inside = CHUNK * chunk + own.column < a.K;
-#pragma unroll
-    for (int i = 0; i < (ROWS + step - 1) / step; ++i)
-        if (own.row + i * step < ROWS) {
-            const bool is_there = inside && own.row + i * step < a.M;
-            const u16* from = own.from + (is_there ? i * step * a.x_stride + CHUNK * chunk : 0);
-            fetch<16>(to + i * step * STRIDE * 2, (const u8*)from, is_there);
-        }
-}
 
 __device__ __forceinline__ void fetch_w(const u8* to, const Place& place, int block, int lane) {
     Piece p;
@@ -98,87 +76,11 @@ __device__ __forceinline__ u32 without_offset(u32 pair) {
 #endif
 }
 
-// Where a lane's columns of a chunk's first row begin.
-__device__ __forceinline__ const u16* own_columns(const Stage& stage, int lane) {
-    return stage.x + lane / 4 * STRIDE + FOUR_COLUMNS(0, lane % 4);
-}
-// Those of mma s and s + 1, of rows 8 n ..
-__device__ __forceinline__ void load_x(u32 (&x)[2][2], const u16* own, int n, int s) {
-    const u16* from = own + 8 * n * STRIDE + 64 * (s / 4) + FOUR_COLUMNS(s % 4, 0);
-#if GROUP == 16
-    for (int e = 0; e < 2; ++e) {
-        const uint2 v = *(const uint2*)(from + FOUR_COLUMNS(e, 0));
-        x[e][0] = v.x, x[e][1] = v.y;
-    }
+#if WGMMA
+#include "chunk_wgmma.cuh"
 #else
-    const uint4 v = *(const uint4*)from;
-    x[0][0] = v.x, x[0][1] = v.y, x[1][0] = v.z, x[1][1] = v.w;
+#include "chunk_mma.cuh"
 #endif
-}
-
-// Multiply a chunk with the tiles of a warp.
-__device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const Stage& stage, const u8 (&own_w)[2][MT][32 * PIECE_BYTES],
-                                         const u32* table, int lane) {
-    constexpr int per_group = STEPS / GROUPS_OF_CHUNK;
-    const u16* own_x = own_columns(stage, lane);
-    Piece w[MT];
-    float own[MT][NT][4], x_sums[NT][4];
-    (void)own, (void)x_sums, (void)per_group;
-#pragma unroll
-    for (int s = 0; s < STEPS; s += 2) {
-        u32 x[NT][2][2];
-#pragma unroll
-        for (int n = 0; n < NT; ++n) load_x(x[n], own_x, n, s);
-        if (s % 4 == 0)
-#pragma unroll
-            for (int i = 0; i < MT; ++i) read_w(w[i], own_w[s / 4][i], lane);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int group = (s + e) / per_group;
-            const bool begins = (s + e) % per_group == 0, ends = (s + e) % per_group == per_group - 1;
-            (void)group, (void)begins, (void)ends;
-#if MIN
-            const u32 one = to_pair(-1.0f, -1.0f), ones[4] = {one, one, one, one};
-#pragma unroll
-            for (int n = 0; n < NT; ++n)
-                if (begins)
-                    mma(x_sums[n], ones, x[n][e], make_float2(0.0f, 0.0f));
-                else
-                    mma(x_sums[n], ones, x[n][e]);
-#endif
-#pragma unroll
-            for (int i = 0; i < MT; ++i) {
-                u32 pairs[4];
-                operand(pairs, w[i], (s + e) % 4, table);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) pairs[j] = without_offset(pairs[j]);
-#pragma unroll
-                for (int n = 0; n < NT; ++n)
-                    if (NUMBERS)
-                        mma(sums[i][n], pairs, x[n][e]);
-                    else if (begins)
-                        mma(own[i][n], pairs, x[n][e], make_float2(0.0f, 0.0f));
-                    else
-                        mma(own[i][n], pairs, x[n][e]);
-#if !NUMBERS
-                if (ends)
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        const float d = scale_of(w[i], r, group % GROUPS, 0);
-                        const float m = MIN ? scale_of(w[i], r, group % GROUPS, MIN) : 0.0f;
-#pragma unroll
-                        for (int n = 0; n < NT; ++n)
-#pragma unroll
-                            for (int c = 2 * r; c < 2 * r + 2; ++c) {
-                                sums[i][n][c] += d * own[i][n][c];
-                                if (MIN) sums[i][n][c] += m * x_sums[n][c];
-                            }
-                    }
-#endif
-            }
-        }
-    }
-}
 
 // What a warp has summed, to the output.
 __device__ __forceinline__ void store_all(const Args& a, const float (&sums)[MT][NT][4], int first_tile, int lane) {
@@ -217,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) more_rows(const
     Place places[MT];
 #pragma unroll
     for (int i = 0; i < MT; ++i) places[i] = place_of(a, tile_of(i), lane);
-    const Courier own_x = courier(a);
+    const Courier own_x = courier(a, warp, lane);
     const auto fetch_own = [&](const Stage& stage, int chunk) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -235,11 +137,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) more_rows(const
         close_fetch();
     }
 
-    float sums[MT][NT][4] = {};
+    float sums[MT][NT][4] = {};  // of rows g and g + 8 of a tile, and columns 8 n + 2 t and the next
     int at = 0, next = STAGES - 1;
     for (int chunk = begin; chunk < end; ++chunk) {
         wait_for_fetch<STAGES - 2>();  // this chunk is there,
-        __syncthreads();               // and nobody needs the one before any more
+        show_fetched();
+        __syncthreads();  // and nobody needs the one before any more
         if (chunk + STAGES - 1 < end) {
             fetch_own(stages[next], chunk + STAGES - 1);
             fetch_x(stages[next], a, own_x, chunk + STAGES - 1);

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 KEPT = Path("~/.cache/pelton/kernels")
+HOPPER = 9, 0  # a compute capability
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: begin before the kernel before has ended
 MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -59,7 +60,8 @@ class Function:
 def load(source: str, name: str, defines: Mapping[str, int], device: torch.device) -> Function:
     """The function `name` of a source file of this folder, compiled with some definitions. DeviceError if it is not."""
     major, minor = torch.cuda.get_device_capability(device)
-    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "--device-as-default-execution-space",
+    native = "a" if (major, minor) == HOPPER else ""  # instructions of this capability alone
+    options = [f"--gpu-architecture=sm_{major}{minor}{native}", "--std=c++17", "--device-as-default-execution-space",
                *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
     image = _cubin(_text(source), source, options)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()

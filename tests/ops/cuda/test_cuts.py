@@ -19,11 +19,14 @@ STATIC = 1 << 10  # at most, but for tables of values
 
 @pytest.mark.parametrize(("processors", "memory"), GPUS)
 @pytest.mark.parametrize("same", [False, True])
-def test_more_rows_fit(processors: int, memory: int, same: bool) -> None:
+@pytest.mark.parametrize("wgmma", [False, True])
+def test_more_rows_fit(processors: int, memory: int, same: bool, wgmma: bool) -> None:
     for num_out, num_in in SHAPES:
         for piece_bytes in PIECES:
             for num_rows, gated in [(rows, gated) for rows in (9, 16, 17, 32, 33, 64) for gated in (False, True)]:
-                cut = few_rows._cut_more(num_rows, num_out, num_in, gated, piece_bytes, processors, memory, same)
+                limits = piece_bytes > 20, processors, memory, wgmma
+                cut = few_rows._cut_more(num_rows, num_out, num_in, gated, piece_bytes, *limits, same)
+                assert not (wgmma and cut.WARPS % 4)
                 needed = cut.shared_bytes(num_rows, num_in, piece_bytes) + (8 << 10) + STATIC
                 assert cut.STAGES >= 2 and cut.BLOCKS * needed <= memory, (num_out, num_in, piece_bytes, cut)
 
