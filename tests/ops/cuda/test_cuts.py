@@ -12,15 +12,15 @@ from pelton.quant.codes import Codes
 from pelton.quant.tiled import make_tiles
 
 GPUS = [(108, 163 << 10), (28, 99 << 10), (82, 99 << 10), (128, 99 << 10), (132, 227 << 10)]  # processors, bytes
+HOPPER = GPUS[-1]
 SHAPES = [(64, 192), (1024, 1024), (6144, 4096), (4096, 14336), (28672, 4096), (57344, 8192), (262144, 5376)]
 PIECES = (8, 18, 20, 32, 36, 40, 48, 64, 96)  # bytes: from 2 bits of a code to 8 with a scale and a minimum for each 16
 STATIC = 1 << 10  # at most, but for tables of values
 
 
-@pytest.mark.parametrize(("processors", "memory"), GPUS)
+@pytest.mark.parametrize(("processors", "memory", "wgmma"), [*((*each, False) for each in GPUS), (*HOPPER, True)])
 @pytest.mark.parametrize("same", [False, True])
-@pytest.mark.parametrize("wgmma", [False, True])
-def test_more_rows_fit(processors: int, memory: int, same: bool, wgmma: bool) -> None:
+def test_more_rows_fit(processors: int, memory: int, wgmma: bool, same: bool) -> None:
     for num_out, num_in in SHAPES:
         for piece_bytes in PIECES:
             for num_rows, gated in [(rows, gated) for rows in (9, 16, 17, 32, 33, 64) for gated in (False, True)]:
