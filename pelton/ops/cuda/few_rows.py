@@ -53,7 +53,7 @@ class _Few:
     AHEAD: int
     NORM: int = 0
 
-    SPLIT = 1  # a block has all columns
+    TEAMS, SPLIT, WGMMA = 1, 1, 0  # a block has all columns
     kernel = "few_rows"
 
     def shared_bytes(self, num_rows: int, num_in: int, piece_bytes: int) -> int:
@@ -67,8 +67,8 @@ class _Few:
 
 @dataclass(frozen=True)
 class _More:
-    """How more_rows.cu cuts the work: rows of x / 8, tiles of 16 weight rows of a warp, warps of a block, blocks that
-    share columns, chunks in memory, and blocks of a multiprocessor."""
+    """How more_rows.cu cuts the work: rows of x / 8, tiles of 16 weight rows of a warp, warps of a team, blocks that
+    share columns, chunks in memory, and blocks of a multiprocessor. On Hopper a block may have several teams."""
 
     NT: int
     MT: int
@@ -76,13 +76,15 @@ class _More:
     SPLIT: int
     STAGES: int
     BLOCKS: int
-    WGMMA: int  # four warps multiply together
+    TEAMS: int = 1
+    WGMMA: int = 0
 
     kernel = "more_rows"
 
     def shared_bytes(self, num_rows: int, num_in: int, piece_bytes: int) -> int:
-        stride = 128 if self.WGMMA else 128 + 32
-        return self.STAGES * (2 * 8 * self.NT * stride + self.WARPS * 2 * self.MT * 32 * piece_bytes)
+        chunks, columns = (2, 128) if self.WGMMA else (self.STAGES, 128 + 32)  # of x
+        weights = self.STAGES * self.WARPS * 2 * self.MT * 32 * piece_bytes
+        return self.TEAMS * (weights + chunks * 2 * 8 * self.NT * columns)
 
     def blocks(self, num_out: int) -> int:
         """Blocks beside each other."""
@@ -126,9 +128,12 @@ def multiply(
         cut = _cut(*given, isinstance(weight, Tensor), num_processors(x.device), same)
         cut = cut if norm is None else replace(cut, NORM=1)
     else:
-        limits = num_processors(x.device), shared_memory(x.device)
-        has_min = isinstance(weight, Tiles) and weight.has_min
-        cut = _cut_more(*given, _piece_bytes(weight), has_min, *limits, is_hopper(x.device), same)
+        limits = num_processors(x.device), shared_memory(x.device), same
+        if is_hopper(x.device):
+            has_min = isinstance(weight, Tiles) and weight.has_min
+            cut = _cut_hopper(*given, _piece_bytes(weight), has_min, *limits)
+        else:
+            cut = _cut_more(*given, _piece_bytes(weight), *limits)
     defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "GATE": GATES[gate]}
     args = _pointers(weight)
     if norm is not None:
@@ -177,7 +182,8 @@ def _launch(
         args.next_bytes[i] = args.next_bytes[i] // (blocks * cut.SPLIT) // 16 * 16
     shared_bytes = cut.shared_bytes(x.shape[0], num_in, _piece_bytes(weight))
     function = _function(cut.kernel, tuple(sorted(defines.items())), x.device)
-    function.launch((blocks, cut.SPLIT), 32 * cut.WARPS, args, x.device, shared_bytes)
+    num_threads, cluster = 32 * cut.WARPS * cut.TEAMS, cut.SPLIT if cut.WGMMA else 1
+    function.launch((blocks, cut.SPLIT), num_threads, args, x.device, shared_bytes, cluster)
 
 
 def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, factor: float = 1.0) -> Tensor:
@@ -222,18 +228,18 @@ def _cut(
 
 @cache
 def _cut_more(
-    num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, has_min: bool, processors: int,
-    shared_memory: int, has_wgmma: bool, same: bool = False,
+    num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, processors: int, shared_memory: int,
+    same: bool = False,
 ) -> _More:
     """As many warps as two stages have memory for, two blocks of a multiprocessor if they can be, and all
     multiprocessors with as much to do as others. With `same`, the columns are split as for the most rows: nothing else
     changes the order of a sum."""
     nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
-    mt = 2 if is_gated or ((nt <= 4 or has_wgmma) and piece_bytes < 64) else 1
+    mt = 2 if is_gated or (nt <= 4 and piece_bytes < 64) else 1
     num_warps, num_chunks = -(-num_out // (ROWS * mt)), -(-num_in // (2 * COLUMNS))
 
     def stage_bytes(warps: int) -> int:
-        return _More(nt, mt, warps, 1, 1, 1, has_wgmma).shared_bytes(num_rows, num_in, piece_bytes)
+        return _More(nt, mt, warps, 1, 1, 1).shared_bytes(num_rows, num_in, piece_bytes)
 
     def cost(cut: tuple[int, int]) -> tuple[float, int]:
         warps, split = cut
@@ -242,21 +248,51 @@ def _cut_more(
 
     splits: tuple[int, ...] = 1, 2, 3, 4, 6, 8
     if same:
-        limits = has_min, processors, shared_memory, has_wgmma
-        splits = (_cut_more(MAX_ROWS, num_out, num_in, False, piece_bytes, *limits).SPLIT,)
-    fitting = [
-        warps for warps in range(8, 0, -1)
-        if 2 * stage_bytes(warps) <= shared_memory - TABLE_BYTES and not (has_wgmma and warps % 4)
-    ]
+        splits = (_cut_more(MAX_ROWS, num_out, num_in, False, piece_bytes, processors, shared_memory).SPLIT,)
+    most = max(warps for warps in range(1, 9) if 2 * stage_bytes(warps) <= shared_memory - TABLE_BYTES)
     cuts = [
-        (warps, split) for warps in fitting if warps >= min(fitting[0], 4) for split in splits
+        (warps, split) for warps in range(most, min(most, 4) - 1, -1) for split in splits
         if split == 1 or (num_chunks >= 4 * split and -(-num_warps // warps) * split <= MAX_SHARING * processors)
     ]
     warps, split = min(cuts, key=cost)
-    sums = nt * mt * (2 if has_wgmma and has_min else 1)
-    blocks = 2 if sums <= 8 and shared_memory // 2 - TABLE_BYTES >= 3 * stage_bytes(warps) else 1
+    blocks = 2 if nt * mt <= 8 and shared_memory // 2 - TABLE_BYTES >= 3 * stage_bytes(warps) else 1
     stages = min(4, (shared_memory // blocks - TABLE_BYTES) // stage_bytes(warps))
-    return _More(nt, mt, warps, split, stages, blocks, int(has_wgmma))
+    return _More(nt, mt, warps, split, stages, blocks)
+
+
+@cache
+def _cut_hopper(
+    num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, has_min: bool, processors: int,
+    shared_memory: int, same: bool = False,
+) -> _More:
+    """The same for Hopper: one block of a multiprocessor, with two teams of eight warps where registers allow it, and
+    clusters of blocks so that all multiprocessors have work. With `same`, the columns are split by the weight alone."""
+    nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
+    num_chunks = -(-num_in // (2 * COLUMNS))
+
+    def cut(mt: int, split: int) -> _More:
+        most_teams = 2 if nt * mt * (2 if has_min else 1) <= 8 and not same else 1
+        for warps, teams in ((8, most_teams), (8, 1), (4, 1)):
+            found = _More(nt, mt, warps, split, 0, 1, teams, 1)
+            free = shared_memory - TABLE_BYTES - found.shared_bytes(num_rows, num_in, piece_bytes)
+            stage_bytes = teams * warps * 2 * mt * 32 * piece_bytes
+            if free >= 2 * stage_bytes:
+                break
+        return replace(found, STAGES=min(4, free // stage_bytes))
+
+    def cost(cut: _More) -> tuple[float, int]:
+        """By chunks that a multiprocessor multiplies, and what it takes to begin."""
+        rounds = -(-cut.blocks(num_out) * cut.SPLIT // processors)
+        chunks = -(-num_chunks // (cut.SPLIT * cut.TEAMS)) * cut.TEAMS
+        return rounds * (3 + chunks * cut.WARPS * (1 + 2 * cut.MT) / 40), cut.SPLIT
+
+    def cuts(mt: int) -> list[_More]:
+        found = [cut(mt, split) for split in range(1, 9)]
+        return [c for c in found if c.SPLIT == 1 or (c.SPLIT * c.blocks(num_out) <= processors and num_chunks >= 2 * c.SPLIT)]
+
+    if same:
+        return cut(2 if is_gated else 1, min(cuts(1), key=cost).SPLIT)
+    return min(cuts(2) if is_gated else [*cuts(1), *cuts(2)], key=cost)
 
 
 def _piece_bytes(weight: Tensor | Tiles) -> int:

@@ -1,24 +1,20 @@
 // out[m, n] = sum over k of x[m, k] w[n, k], for M <= 8 NT rows of x, of which there are so many that reading them costs
 // more than reading w.
 //
-// As few_rows.cu, but the warps of a block have rows of w of their own, 16 MT each, and share x. 128 columns of x and w
-// at a time lie in shared memory, and more are on their way. SPLIT blocks share the columns; their sums are added up in
-// a fixed order. Defined when compiled, beside what tiles.cuh names: NT, MT, WARPS, SPLIT, STAGES, BLOCKS (of a
-// multiprocessor); WGMMA: four warps multiply together, as Hopper can, and x is read where it lies; else each for itself.
+// As few_rows.cu, but the warps of a team have rows of w of their own, 16 MT each, and share x. 128 columns of x and w
+// at a time lie in shared memory, and more are on their way. SPLIT blocks, and in each TEAMS teams that do not wait for
+// each other, share the columns; their sums are added up in a fixed order. Defined when compiled, beside what tiles.cuh
+// names: NT, MT, WARPS (of a team), TEAMS, SPLIT, STAGES, BLOCKS (of a multiprocessor); WGMMA: as Hopper does it.
 #define COPIES 8
 #include "tiles.cuh"
 
 #define CHUNK 128           // columns
-#define STRIDE (WGMMA ? CHUNK : CHUNK + 32)  // numbers of a row of x
 #define STEPS (CHUNK / 16)  // mma of a chunk
 #define GROUPS_OF_CHUNK (GROUP % CHUNK == 0 ? 1 : 2 * GROUPS)
 #define ROWS (8 * NT)
 
-// A chunk: what the warps of a block share, and what each has of its own.
-struct Stage {
-    u16 x[ROWS * STRIDE];
-    u8 w[WARPS][2][MT][32 * PIECE_BYTES];  // two halves; each part of a piece for all lanes lies together
-};
+// What the warps of a block have of a chunk of w, in two halves; each part of a piece for all lanes lies together.
+typedef u8 Weights[WARPS][2][MT][32 * PIECE_BYTES];
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
@@ -35,6 +31,9 @@ __device__ __forceinline__ void close_fetch() { asm volatile("cp.async.commit_gr
 template <int pending>
 __device__ __forceinline__ void wait_for_fetch() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+__device__ __forceinline__ void wait_for_team(int team) {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * WARPS) : "memory");
 }
 constexpr int unit_of(int bytes) { return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : 4; }
 
@@ -76,33 +75,31 @@ __device__ __forceinline__ u32 without_offset(u32 pair) {
 #endif
 }
 
+__device__ __forceinline__ void store_sums(const Args& a, const float (&y)[MT], int e, int first_tile, int lane);
+
 #if WGMMA
-#include "chunk_wgmma.cuh"
+#include "more_rows_wgmma.cuh"
 #else
-#include "chunk_mma.cuh"
+#include "more_rows_mma.cuh"
 #endif
 
-// What a warp has summed, to the output.
-__device__ __forceinline__ void store_all(const Args& a, const float (&sums)[MT][NT][4], int first_tile, int lane) {
-#pragma unroll
-    for (int i = 0; i < MT; ++i)
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                const int m = 8 * n + 2 * (lane % 4) + c % 2, row = lane / 4 + 8 * (c / 2);
+// The sums e of a warp's tiles, to the output.
+__device__ __forceinline__ void store_sums(const Args& a, const float (&y)[MT], int e, int first_tile, int lane) {
+    const int m = 8 * (e / 4) + 2 * (lane % 4) + e % 2, row = lane / 4 + 8 * (e / 2 % 2);
 #if GATE
-                if (i == 0) store_gated(a, m, 16 * first_tile + row, sums[0][n][c], sums[MT - 1][n][c]);
+    store_gated(a, m, 16 * first_tile + row, y[0], y[MT - 1]);
 #else
-                store(a, m, 16 * (first_tile + i) + row, sums[i][n][c]);
+#pragma unroll
+    for (int i = 0; i < MT; ++i) store(a, m, 16 * (first_tile + i) + row, y[i]);
 #endif
-            }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) more_rows(const __grid_constant__ Args a) {
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_rows(const __grid_constant__ Args a) {
+    const int warp_of_all = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const int team = warp_of_all / WARPS, warp = warp_of_all % WARPS;
     const int num_tiles = (a.N + 15) / 16, num_blocks = a.K / 64, num_chunks = (num_blocks + 1) / 2;
-    const int begin = num_chunks * blockIdx.y / SPLIT, end = num_chunks * (blockIdx.y + 1) / SPLIT;
+    const int part = blockIdx.y * TEAMS + team;
+    const int begin = num_chunks * part / (SPLIT * TEAMS), end = num_chunks * (part + 1) / (SPLIT * TEAMS);
 #if GATE
     const int first_tile = blockIdx.x * WARPS + warp;
     const auto tile_of = [&](int i) { return min(first_tile, num_tiles / 2 - 1) + i * num_tiles / 2; };
@@ -111,70 +108,46 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) more_rows(const
     const auto tile_of = [&](int i) { return min(first_tile + i, num_tiles - 1); };
 #endif
     extern __shared__ uint4 memory[];
-    Stage* stages = (Stage*)memory;
+    u8* own_memory = (u8*)memory + team * (STAGES * sizeof(Weights) + Inputs::bytes);
+    Weights* weights = (Weights*)own_memory;  // [STAGES]
     alignas(16) __shared__ u32 table[TABLE_SIZE];
 #if LOOKUP
     fill_table(table, a);
+    if (TEAMS > 1) __syncthreads();
 #endif
     Place places[MT];
 #pragma unroll
     for (int i = 0; i < MT; ++i) places[i] = place_of(a, tile_of(i), lane);
-    const Courier own_x = courier(a, warp, lane);
-    const auto fetch_own = [&](const Stage& stage, int chunk) {
+    Inputs x(a, (u16*)(weights + STAGES), end, warp, lane);
+    const auto fetch_own = [&](int stage, int chunk) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int i = 0; i < MT; ++i)  // where there is no second half x is zero
-                fetch_w(stage.w[warp][half][i], places[i], min(2 * chunk + half, num_blocks - 1), lane);
+                fetch_w(weights[stage][warp][half][i], places[i], min(2 * chunk + half, num_blocks - 1), lane);
     };
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i)
-        if (begin + i < end) fetch_own(stages[i], begin + i);
-    wait_for_inputs();  // weights never change; x is there from here on
-#pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
-        if (begin + i < end) fetch_x(stages[i], a, own_x, begin + i);
-        close_fetch();
+        if (begin + i < end) fetch_own(i, begin + i);
+        if (WGMMA) close_fetch();  // else with x
     }
+    wait_for_inputs();  // weights never change; x is there from here on
+    x.begin(begin);
 
     float sums[MT][NT][4] = {};  // of rows g and g + 8 of a tile, and columns 8 n + 2 t and the next
     int at = 0, next = STAGES - 1;
     for (int chunk = begin; chunk < end; ++chunk) {
         wait_for_fetch<STAGES - 2>();  // this chunk is there,
-        show_fetched();
-        __syncthreads();  // and nobody needs the one before any more
-        if (chunk + STAGES - 1 < end) {
-            fetch_own(stages[next], chunk + STAGES - 1);
-            fetch_x(stages[next], a, own_x, chunk + STAGES - 1);
-        }
+        x.show();
+        wait_for_team(team);  // and nobody needs the one before any more
+        if (chunk + STAGES - 1 < end) fetch_own(next, chunk + STAGES - 1);
+        x.advance(chunk, next);
         close_fetch();
-        multiply(sums, stages[at], stages[at].w[warp], table, lane);
+        multiply(sums, x.of(chunk, at), weights[at][warp], table, lane);
         at = at + 1 == STAGES ? 0 : at + 1, next = next + 1 == STAGES ? 0 : next + 1;
     }
 
     let_next_begin();
     prefetch_next(a);
-    if (SPLIT == 1) {
-        store_all(a, sums, first_tile, lane);
-        return;
-    }
-    constexpr int each = MT * NT * 4, threads = 32 * WARPS;
-    float* partial = a.partial + u64(blockIdx.x) * SPLIT * each * threads + threadIdx.x;  // [SPLIT][each][threads]
-#pragma unroll
-    for (int e = 0; e < each; ++e) partial[(blockIdx.y * each + e) * threads] = sums[e / (4 * NT)][e / 4 % NT][e % 4];
-    __shared__ u32 is_last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(a.arrived + blockIdx.x, 1) == SPLIT - 1;
-    __syncthreads();
-    if (!is_last) return;
-    __threadfence();
-#pragma unroll
-    for (int e = 0; e < each; ++e) {
-        float y = 0.0f;
-        for (int p = 0; p < SPLIT; ++p) y += __ldcg(partial + (p * each + e) * threads);
-        sums[e / (4 * NT)][e / 4 % NT][e % 4] = y;
-    }
-    store_all(a, sums, first_tile, lane);
-    if (threadIdx.x == 0) a.arrived[blockIdx.x] = 0;
+    join_parts(a, sums, own_memory, team, warp, lane, first_tile);
 }

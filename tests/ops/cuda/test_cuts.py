@@ -18,17 +18,30 @@ PIECES = (8, 18, 20, 32, 36, 40, 48, 64, 96)  # bytes: from 2 bits of a code to 
 STATIC = 1 << 10  # at most, but for tables of values
 
 
-@pytest.mark.parametrize(("processors", "memory", "wgmma"), [*((*each, False) for each in GPUS), (*HOPPER, True)])
+@pytest.mark.parametrize(("processors", "memory"), GPUS)
 @pytest.mark.parametrize("same", [False, True])
-def test_more_rows_fit(processors: int, memory: int, wgmma: bool, same: bool) -> None:
+def test_more_rows_fit(processors: int, memory: int, same: bool) -> None:
     for num_out, num_in in SHAPES:
         for piece_bytes in PIECES:
             for num_rows, gated in [(rows, gated) for rows in (9, 16, 17, 32, 33, 64) for gated in (False, True)]:
-                limits = piece_bytes > 20, processors, memory, wgmma
-                cut = few_rows._cut_more(num_rows, num_out, num_in, gated, piece_bytes, *limits, same)
-                assert not (wgmma and cut.WARPS % 4)
+                cut = few_rows._cut_more(num_rows, num_out, num_in, gated, piece_bytes, processors, memory, same)
                 needed = cut.shared_bytes(num_rows, num_in, piece_bytes) + (8 << 10) + STATIC
                 assert cut.STAGES >= 2 and cut.BLOCKS * needed <= memory, (num_out, num_in, piece_bytes, cut)
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("has_min", [False, True])
+def test_more_rows_fit_on_hopper(same: bool, has_min: bool) -> None:
+    processors, memory = HOPPER
+    for num_out, num_in in SHAPES:
+        for piece_bytes in PIECES:
+            for num_rows, gated in [(rows, gated) for rows in (1, 9, 16, 17, 32, 33, 64) for gated in (False, True)]:
+                given = num_rows, num_out, num_in, gated, piece_bytes, has_min, processors, memory
+                cut = few_rows._cut_hopper(*given, same)
+                needed = cut.shared_bytes(num_rows, num_in, piece_bytes) + (8 << 10) + STATIC
+                assert cut.STAGES >= 2 and needed <= memory and cut.SPLIT <= 8, (num_out, num_in, piece_bytes, cut)
+                sums = 4 * cut.MT * 4 * cut.NT * 32 * cut.WARPS  # bytes that a team leaves in its memory
+                assert sums * cut.TEAMS <= cut.shared_bytes(num_rows, num_in, piece_bytes)
 
 
 @pytest.mark.parametrize(("processors", "memory"), GPUS)

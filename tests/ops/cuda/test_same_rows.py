@@ -155,8 +155,11 @@ def test_tiles_are_split_by_the_shape_of_the_weight(processors: int, memory: int
             given = [(num_rows, num_out, num_in, gated) for num_rows in (1, 8, 9, 16, 17, 33, 64) for gated in (0, 1)]
             few = [few_rows._cut(*each, False, processors, same=True) for each in given]
             assert len({(cut.WARPS, cut.SPLIT) for cut in few}) == 1, (num_out, num_in)
-            limits = False, processors, memory, processors == 132
-            cuts = [few_rows._cut_more(*each, piece_bytes, *limits, same=True) for each in given]
+            if processors == 132:
+                limits = False, processors, memory
+                cuts = [few_rows._cut_hopper(*each, piece_bytes, *limits, same=True) for each in given]
+            else:
+                cuts = [few_rows._cut_more(*each, piece_bytes, processors, memory, same=True) for each in given]
             assert len({cut.SPLIT for cut in cuts}) == 1, (num_out, num_in, piece_bytes)
             assert len({few_rows._is_few(*each[:3], processors, same=True) for each in given}) == 1
             for cut in cuts:

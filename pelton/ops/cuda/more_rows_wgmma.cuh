@@ -1,0 +1,230 @@
+// more_rows.cu where four warps multiply together, by wgmma.m64nNk16: how x comes to shared memory, a chunk's product, and
+// how the sums of several teams and blocks are joined, in their shared memory: blocks that share columns are a cluster.
+//
+// A warp's rows of w are in its registers, as mma.m16n8k16 wants them. x is read from shared memory, where it lies in
+// matrices of 8 rows and 8 columns, 128 bytes each: [two of each mma][NT].
+
+// Where mma 0 finds x: an address, the distance of matrices beside each other, and of those one below the other.
+__device__ __forceinline__ u64 describe_x(const u16* x) {
+    return u64(shared_address(x) >> 4) | u64(NT * 128 >> 4) << 16 | u64(128 >> 4) << 32;
+}
+#define NEXT_X (2 * NT * 128 >> 4)  // from one mma's to the next one's
+
+// Two chunks of x in shared memory. Each warp brings pieces of 8 rows and 32 columns, a lane what are its columns: a pair
+// of numbers for each of four matrices. They pass through registers, a chunk ahead.
+struct Inputs {
+    static constexpr int bytes = 2 * ROWS * CHUNK * 2;
+    static constexpr int all = CHUNK / 32 * NT, own = all < WARPS ? 1 : all / WARPS;
+    u16* memory;
+    int end, num_in;
+    const u16* from[own];
+    u32 to[own];      // bytes within a chunk
+    bool is_late[own];  // in the second half
+    u32 held[own][4];
+
+    __device__ Inputs(const Args& a, u16* memory, int end, int warp, int lane) : memory(memory), end(end), num_in(a.K) {
+#pragma unroll
+        for (int i = 0; i < own; ++i) {
+            const int piece = (warp + i * WARPS) % all, n = piece % NT, q = piece / NT;
+            const int row = min(8 * n + lane / 4, a.M - 1);  // rows that are none give sums that nobody stores
+            from[i] = a.x + u64(row) * a.x_stride + 64 * (q / 2) + FOUR_COLUMNS(q % 2 * 2, lane % 4);
+            to[i] = 128 * (4 * q * NT + n) + 4 * lane;
+            is_late[i] = q >= 2;
+        }
+    }
+    __device__ __forceinline__ void load(int chunk) {
+        if (chunk >= end) return;
+        const bool has_late = CHUNK * chunk + 64 < num_in;
+#pragma unroll
+        for (int i = 0; i < own; ++i) {
+            const bool is_there = !is_late[i] || has_late;
+#if GROUP == 16
+            for (int e = 0; e < 2; ++e) {
+                uint2 v = make_uint2(0, 0);
+                if (is_there) v = *(const uint2*)(from[i] + CHUNK * chunk + FOUR_COLUMNS(e, 0));
+                held[i][2 * e] = v.x, held[i][2 * e + 1] = v.y;
+            }
+#else
+            uint4 v = make_uint4(0, 0, 0, 0);
+            if (is_there) v = *(const uint4*)(from[i] + CHUNK * chunk);
+            held[i][0] = v.x, held[i][1] = v.y, held[i][2] = v.z, held[i][3] = v.w;
+#endif
+        }
+    }
+    __device__ __forceinline__ void store(int chunk) const {
+#pragma unroll
+        for (int i = 0; i < own; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) *(u32*)((u8*)of(chunk, 0) + to[i] + 128 * NT * j) = held[i][j];
+    }
+    // Before the first chunk.
+    __device__ __forceinline__ void begin(int first) {
+        load(first);
+        store(first);
+        load(first + 1);
+    }
+    // What was stored, to what reads it, which is not the threads.
+    __device__ __forceinline__ void show() const { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+    // While a chunk is multiplied.
+    __device__ __forceinline__ void advance(int chunk, int) {
+        store(chunk + 1);
+        load(chunk + 2);
+    }
+    __device__ __forceinline__ u16* of(int chunk, int) const { return memory + chunk % 2 * ROWS * CHUNK; }
+};
+
+#define SUMS_8(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+#define BEGIN_WGMMA(n, adds, sums, inputs)                                                                              \
+    "{.reg .pred p; setp.ne.b32 p," adds ",0;wgmma.mma_async.sync.aligned.m64n" n "k16.f32." MMA_TYPE "." MMA_TYPE \
+    "{" sums "}," inputs ",p,1,1,0;}"
+#define WGMMA_INPUTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(int(adds))
+
+// c (+)= rows of w times x, begun; c is as in four products of mma.m16n8k16 for each 32 rows of x.
+__device__ __forceinline__ void begin_wgmma(float (&c)[4 * NT], const u32 (&a)[4], u64 x, bool adds) {
+#if NT == 1
+    asm volatile(BEGIN_WGMMA("8", "%9", "%0,%1,%2,%3", "{%4,%5,%6,%7},%8")
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : WGMMA_INPUTS);
+#elif NT == 2
+    asm volatile(BEGIN_WGMMA("16", "%13", "%0,%1,%2,%3,%4,%5,%6,%7", "{%8,%9,%10,%11},%12")
+                 : SUMS_8(c, 0) : WGMMA_INPUTS);
+#elif NT == 4
+    asm volatile(BEGIN_WGMMA("32", "%21", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "{%16,%17,%18,%19},%20")
+                 : SUMS_8(c, 0), SUMS_8(c, 8) : WGMMA_INPUTS);
+#else
+    asm volatile(BEGIN_WGMMA("64", "%37", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,"
+                       "%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31", "{%32,%33,%34,%35},%36")
+                 : SUMS_8(c, 0), SUMS_8(c, 8), SUMS_8(c, 16), SUMS_8(c, 24) : WGMMA_INPUTS);
+#endif
+}
+__device__ __forceinline__ void close_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int pending>
+__device__ __forceinline__ void wait_for_wgmma() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+// What was written to registers is there for products that follow.
+__device__ __forceinline__ void show_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Nothing that the compiler knows of c is true any more.
+__device__ __forceinline__ void changed(float (&c)[4 * NT]) {
+#pragma unroll
+    for (int i = 0; i < 4 * NT; ++i) asm volatile("" : "+f"(c[i])::"memory");
+}
+
+// Multiply a chunk with the tiles of a warp: 64 columns at most for each tile, while the next are being opened.
+__device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const u16* x, const u8 (&own_w)[2][MT][32 * PIECE_BYTES],
+                                         const u32* table, int lane) {
+    constexpr int per_group = STEPS / GROUPS_OF_CHUNK, each = per_group < 4 ? per_group : 4, parts = per_group / each;
+    constexpr int units = MT * GROUPS_OF_CHUNK * parts;  // [group][tile][part of the group]
+    const u64 all_x = describe_x(x);
+    Piece w[MT];
+    u32 a[2][each][4];
+    float own[2][4 * NT], x_sums[2][4 * NT], scales[2][2], minima[2][2];
+    (void)x_sums, (void)minima;
+#pragma unroll
+    for (int unit = 0; unit <= units; ++unit) {
+        if (unit < units) {
+            const int group = unit / parts / MT, i = unit / parts % MT, part = unit % parts, slot = unit / parts % 2;
+            const int first = group * per_group + part * each;
+#pragma unroll
+            for (int q = 0; q < each; ++q) {
+                const int s = first + q;
+                if (s % 4 == 0) read_w(w[i], own_w[s / 4][i], lane);
+                operand(a[unit % 2][q], w[i], s % 4, table);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) a[unit % 2][q][j] = without_offset(a[unit % 2][q][j]);
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+#if NUMBERS
+                scales[slot][r] = 1.0f;
+#else
+                scales[slot][r] = scale_of(w[i], r, group % GROUPS, 0);
+                if (MIN) minima[slot][r] = scale_of(w[i], r, group % GROUPS, MIN);
+#endif
+            }
+            show_registers();
+#if MIN
+            const u32 one = to_pair(-1.0f, -1.0f), ones[4] = {one, one, one, one};
+            if (i == 0)
+#pragma unroll
+                for (int q = 0; q < each; ++q)
+                    begin_wgmma(x_sums[group % 2], ones, all_x + (first + q) * NEXT_X, part > 0 || q > 0);
+#endif
+#pragma unroll
+            for (int q = 0; q < each; ++q)
+                begin_wgmma(own[slot], a[unit % 2][q], all_x + (first + q) * NEXT_X, part > 0 || q > 0);
+            close_wgmma();
+        }
+        if (unit > 0) {
+            const int before = (unit - 1) / parts, group = before / MT, i = before % MT, slot = before % 2;
+            if (unit < units)
+                wait_for_wgmma<1>();
+            else
+                wait_for_wgmma<0>();
+            if (unit % parts) continue;  // the group's sums are not complete
+            changed(own[slot]);
+#if MIN
+            if (i == 0) changed(x_sums[group % 2]);
+#endif
+#pragma unroll
+            for (int e = 0; e < 4 * NT; ++e) {
+                float& sum = sums[i][e / 4][e % 4];
+                sum += scales[slot][e / 2 % 2] * own[slot][e];
+                if (MIN) sum += minima[slot][e / 2 % 2] * x_sums[group % 2][e];
+            }
+        }
+    }
+}
+
+// Wait for all threads of the cluster, or of the block where that is all, and see what they have written.
+__device__ __forceinline__ void wait_for_all() {
+    if (SPLIT > 1)
+        asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    else
+        __syncthreads();
+}
+// What lies at p in the shared memory of a block of the cluster.
+__device__ __forceinline__ float read_of(const float* p, int block) {
+    if (SPLIT == 1) return *p;
+    u32 at;
+    float y;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(block));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(y) : "r"(at) : "memory");
+    return y;
+}
+
+// To the output; each team of the cluster adds up some of what all of them have.
+__device__ __forceinline__ void join_parts(const Args& a, const float (&sums)[MT][NT][4], u8* own_memory, int team, int warp,
+                                           int lane, int first_tile) {
+    constexpr int each = 4 * NT, threads = 32 * WARPS, parts = SPLIT * TEAMS;
+    if (parts == 1) {
+#pragma unroll
+        for (int e = 0; e < each; ++e) {
+            float y[MT];
+            for (int i = 0; i < MT; ++i) y[i] = sums[i][e / 4][e % 4];
+            store_sums(a, y, e, first_tile, lane);
+        }
+        return;
+    }
+    wait_for_team(team);  // nobody reads its weights and inputs any more
+    float* own = (float*)own_memory + 32 * warp + lane;  // [tile][each][threads]
+#pragma unroll
+    for (int i = 0; i < MT; ++i)
+#pragma unroll
+        for (int e = 0; e < each; ++e) own[(i * each + e) * threads] = sums[i][e / 4][e % 4];
+    wait_for_all();
+    const float* of_first = own - team * (STAGES * sizeof(Weights) + Inputs::bytes) / sizeof(float);
+    for (int e = blockIdx.y * TEAMS + team; e < each; e += parts) {
+        float y[MT];
+#pragma unroll
+        for (int i = 0; i < MT; ++i) {
+            y[i] = 0.0f;
+#pragma unroll
+            for (int p = 0; p < parts; ++p) {
+                const float* of_team = of_first + p % TEAMS * (STAGES * sizeof(Weights) + Inputs::bytes) / sizeof(float);
+                y[i] += read_of(of_team + (i * each + e) * threads, p / TEAMS);
+            }
+        }
+        store_sums(a, y, e, first_tile, lane);
+    }
+    if (SPLIT > 1) wait_for_all();  // others may still read this block's
+}
