@@ -288,7 +288,10 @@ def _cut_hopper(
 
     def cuts(mt: int) -> list[_More]:
         found = [cut(mt, split) for split in range(1, 9)]
-        return [c for c in found if c.SPLIT == 1 or (c.SPLIT * c.blocks(num_out) <= processors and num_chunks >= 2 * c.SPLIT)]
+        return [
+            cut for cut in found
+            if cut.SPLIT == 1 or (2 * cut.SPLIT <= num_chunks and cut.SPLIT * cut.blocks(num_out) <= processors)
+        ]
 
     if same:
         return cut(2 if is_gated else 1, min(cuts(1), key=cost).SPLIT)
