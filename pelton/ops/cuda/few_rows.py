@@ -290,7 +290,7 @@ def _cut_hopper(
         found = [cut(mt, split) for split in range(1, 9)]
         return [
             cut for cut in found
-            if cut.SPLIT == 1 or (2 * cut.SPLIT <= num_chunks and cut.SPLIT * cut.blocks(num_out) <= processors)
+            if cut.SPLIT == 1 or (num_chunks >= 2 * cut.SPLIT and cut.SPLIT * cut.blocks(num_out) <= processors)
         ]
 
     if same:

@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_ro
 #endif
     extern __shared__ uint4 memory[];
     u8* own_memory = (u8*)memory + team * (STAGES * sizeof(Weights) + Inputs::bytes);
-    Weights* weights = (Weights*)own_memory;  // [STAGES]
+    Weights* weights = (Weights*)(own_memory + Inputs::bytes);  // [STAGES], after x: wgmma may look past its end
     alignas(16) __shared__ u32 table[TABLE_SIZE];
 #if LOOKUP
     fill_table(table, a);
@@ -118,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_ro
     Place places[MT];
 #pragma unroll
     for (int i = 0; i < MT; ++i) places[i] = place_of(a, tile_of(i), lane);
-    Inputs x(a, (u16*)(weights + STAGES), end, warp, lane);
+    Inputs x(a, (u16*)own_memory, end, warp, lane);
     const auto fetch_own = [&](int stage, int chunk) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
