@@ -182,8 +182,7 @@ def _launch(
         args.next_bytes[i] = args.next_bytes[i] // (blocks * cut.SPLIT) // 16 * 16
     shared_bytes = cut.shared_bytes(x.shape[0], num_in, _piece_bytes(weight))
     function = _function(cut.kernel, tuple(sorted(defines.items())), x.device)
-    num_threads, cluster = 32 * cut.WARPS * cut.TEAMS, cut.SPLIT if cut.WGMMA else 1
-    function.launch((blocks, cut.SPLIT), num_threads, args, x.device, shared_bytes, cluster)
+    function.launch((blocks, cut.SPLIT), 32 * cut.WARPS * cut.TEAMS, args, x.device, shared_bytes)
 
 
 def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, factor: float = 1.0) -> Tensor:
@@ -265,8 +264,8 @@ def _cut_hopper(
     num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, has_min: bool, processors: int,
     shared_memory: int, same: bool = False,
 ) -> _More:
-    """The same for Hopper: one block of a multiprocessor, with two teams of eight warps where registers allow it, and
-    clusters of blocks so that all multiprocessors have work. With `same`, the columns are split by the weight alone."""
+    """The same for Hopper: one block of a multiprocessor, with two teams of eight warps where registers allow it. With
+    `same`, the columns are split by the weight alone."""
     nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
     num_chunks = -(-num_in // (2 * COLUMNS))
 

@@ -15,6 +15,8 @@
 
 // What the warps of a block have of a chunk of w, in two halves; each part of a piece for all lanes lies together.
 typedef u8 Weights[WARPS][2][MT][32 * PIECE_BYTES];
+// What a thread sums, of each tile: rows g and g + 8, columns 8 n + 2 t and the next.
+typedef float Sums[MT][NT][4];
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
@@ -75,23 +77,68 @@ __device__ __forceinline__ u32 without_offset(u32 pair) {
 #endif
 }
 
-__device__ __forceinline__ void store_sums(const Args& a, const float (&y)[MT], int e, int first_tile, int lane);
-
 #if WGMMA
 #include "more_rows_wgmma.cuh"
 #else
 #include "more_rows_mma.cuh"
 #endif
 
-// The sums e of a warp's tiles, to the output.
-__device__ __forceinline__ void store_sums(const Args& a, const float (&y)[MT], int e, int first_tile, int lane) {
-    const int m = 8 * (e / 4) + 2 * (lane % 4) + e % 2, row = lane / 4 + 8 * (e / 2 % 2);
-#if GATE
-    store_gated(a, m, 16 * first_tile + row, y[0], y[MT - 1]);
-#else
+// What a warp has summed, to the output.
+__device__ __forceinline__ void store_all(const Args& a, const Sums& sums, int first_tile, int lane) {
 #pragma unroll
-    for (int i = 0; i < MT; ++i) store(a, m, 16 * (first_tile + i) + row, y[i]);
+    for (int i = 0; i < MT; ++i)
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                const int m = 8 * n + 2 * (lane % 4) + c % 2, row = lane / 4 + 8 * (c / 2);
+#if GATE
+                if (i == 0) store_gated(a, m, 16 * first_tile + row, sums[0][n][c], sums[MT - 1][n][c]);
+#else
+                store(a, m, 16 * (first_tile + i) + row, sums[i][n][c]);
 #endif
+            }
+}
+
+#define EACH (MT * NT * 4)  // sums of a thread
+__device__ __forceinline__ float& sum_of(Sums& sums, int e) { return sums[e / (4 * NT)][e / 4 % NT][e % 4]; }
+
+// Add up what all teams of a block have, for the first.
+__device__ __forceinline__ void join_teams(Sums& sums, float* memory, int team, int thread) {
+    __syncthreads();  // nobody needs the memory any more
+    float* own = memory + (team - 1) * EACH * 32 * WARPS + thread;  // [TEAMS - 1][EACH][threads]
+    if (team > 0)
+#pragma unroll
+        for (int e = 0; e < EACH; ++e) own[e * 32 * WARPS] = sum_of(sums, e);
+    __syncthreads();
+    if (team == 0)
+#pragma unroll
+        for (int e = 0; e < EACH; ++e)
+            for (int i = 1; i < TEAMS; ++i) sum_of(sums, e) += own[(i * EACH + e) * 32 * WARPS];
+}
+
+// Add up what the blocks have that share columns, for the last of them; whether this is it.
+__device__ __forceinline__ bool join_blocks(const Args& a, Sums& sums, int thread) {
+    constexpr int threads = 32 * WARPS;
+    float* partial = a.partial + u64(blockIdx.x) * SPLIT * EACH * threads + thread;  // [SPLIT][EACH][threads]
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) partial[(blockIdx.y * EACH + e) * threads] = sum_of(sums, e);
+    __shared__ u32 is_last;
+    __threadfence();
+    wait_for_team(0);
+    if (thread == 0) is_last = atomicAdd(a.arrived + blockIdx.x, 1) == SPLIT - 1;
+    wait_for_team(0);
+    if (!is_last) return false;
+    __threadfence();
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) {
+        float y = 0.0f;
+#pragma unroll
+        for (int p = 0; p < SPLIT; ++p) y += __ldcg(partial + (p * EACH + e) * threads);
+        sum_of(sums, e) = y;
+    }
+    if (thread == 0) a.arrived[blockIdx.x] = 0;
+    return true;
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_rows(const __grid_constant__ Args a) {
@@ -109,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_ro
 #endif
     extern __shared__ uint4 memory[];
     u8* own_memory = (u8*)memory + team * (STAGES * sizeof(Weights) + Inputs::bytes);
-    Weights* weights = (Weights*)(own_memory + Inputs::bytes);  // [STAGES], after x: wgmma may look past its end
+    Weights* weights = (Weights*)(own_memory + Inputs::bytes);  // [STAGES]
     alignas(16) __shared__ u32 table[TABLE_SIZE];
 #if LOOKUP
     fill_table(table, a);
@@ -134,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_ro
     wait_for_inputs();  // weights never change; x is there from here on
     x.begin(begin);
 
-    float sums[MT][NT][4] = {};  // of rows g and g + 8 of a tile, and columns 8 n + 2 t and the next
+    Sums sums = {};
     int at = 0, next = STAGES - 1;
     for (int chunk = begin; chunk < end; ++chunk) {
         wait_for_fetch<STAGES - 2>();  // this chunk is there,
@@ -149,5 +196,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_ro
 
     let_next_begin();
     prefetch_next(a);
-    join_parts(a, sums, own_memory, team, warp, lane, first_tile);
+    const int thread = 32 * warp + lane;
+    if (TEAMS > 1) join_teams(sums, (float*)memory, team, thread);
+    if (team > 0 || (SPLIT > 1 && !join_blocks(a, sums, thread))) return;
+    store_all(a, sums, first_tile, lane);
 }

@@ -1,5 +1,4 @@
-// more_rows.cu where each warp multiplies for itself, by mma.m16n8k16: how x comes to shared memory, a chunk's product,
-// and how the sums of several blocks are joined, through memory.
+// more_rows.cu where each warp multiplies for itself, by mma.m16n8k16: how x comes to shared memory, and a chunk's product.
 
 #define STRIDE (CHUNK + 32)  // numbers of a row: what eight lanes read together lies in different banks
 
@@ -58,7 +57,7 @@ __device__ __forceinline__ void load_x(u32 (&x)[2][2], const u16* own, int n, in
 }
 
 // Multiply a chunk with the tiles of a warp.
-__device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const u16* all_x, const u8 (&own_w)[2][MT][32 * PIECE_BYTES],
+__device__ __forceinline__ void multiply(Sums& sums, const u16* all_x, const u8 (&own_w)[2][MT][32 * PIECE_BYTES],
                                          const u32* table, int lane) {
     constexpr int per_group = STEPS / GROUPS_OF_CHUNK;
     const u16* own_x = all_x + lane / 4 * STRIDE + FOUR_COLUMNS(0, lane % 4);
@@ -118,36 +117,5 @@ __device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const u16* al
 #endif
             }
         }
-    }
-}
-
-// To the output; the last of the blocks that share columns adds up what they have.
-__device__ __forceinline__ void join_parts(const Args& a, float (&sums)[MT][NT][4], u8*, int, int, int lane, int first_tile) {
-    static_assert(TEAMS == 1, "teams are for Hopper");
-    constexpr int each = MT * NT * 4, threads = 32 * WARPS;
-    if (SPLIT > 1) {
-        float* partial = a.partial + u64(blockIdx.x) * SPLIT * each * threads + threadIdx.x;  // [SPLIT][each][threads]
-#pragma unroll
-        for (int e = 0; e < each; ++e) partial[(blockIdx.y * each + e) * threads] = sums[e / (4 * NT)][e / 4 % NT][e % 4];
-        __shared__ u32 is_last;
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) is_last = atomicAdd(a.arrived + blockIdx.x, 1) == SPLIT - 1;
-        __syncthreads();
-        if (!is_last) return;
-        __threadfence();
-#pragma unroll
-        for (int e = 0; e < each; ++e) {
-            float y = 0.0f;
-            for (int p = 0; p < SPLIT; ++p) y += __ldcg(partial + (p * each + e) * threads);
-            sums[e / (4 * NT)][e / 4 % NT][e % 4] = y;
-        }
-        if (threadIdx.x == 0) a.arrived[blockIdx.x] = 0;
-    }
-#pragma unroll
-    for (int e = 0; e < 4 * NT; ++e) {
-        float y[MT];
-        for (int i = 0; i < MT; ++i) y[i] = sums[i][e / 4][e % 4];
-        store_sums(a, y, e, first_tile, lane);
     }
 }

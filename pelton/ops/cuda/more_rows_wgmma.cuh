@@ -1,6 +1,4 @@
-// more_rows.cu where four warps multiply together, by wgmma.m64nNk16: how x comes to shared memory, a chunk's product, and
-// how the sums of several teams and blocks are joined, in their shared memory: blocks that share columns are a cluster.
-//
+// more_rows.cu where four warps multiply together, by wgmma.m64nNk16: how x comes to shared memory, and a chunk's product.
 // A warp's rows of w are in its registers, as mma.m16n8k16 wants them. x is read from shared memory, where it lies in
 // matrices of 8 rows and 8 columns, 128 bytes each: [two of each mma][NT].
 
@@ -110,7 +108,7 @@ __device__ __forceinline__ void changed(float (&c)[4 * NT]) {
 }
 
 // Multiply a chunk with the tiles of a warp: 64 columns at most for each tile, while the next are being opened.
-__device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const u16* x, const u8 (&own_w)[2][MT][32 * PIECE_BYTES],
+__device__ __forceinline__ void multiply(Sums& sums, const u16* x, const u8 (&own_w)[2][MT][32 * PIECE_BYTES],
                                          const u32* table, int lane) {
     constexpr int per_group = STEPS / GROUPS_OF_CHUNK, each = per_group < 4 ? per_group : 4, parts = per_group / each;
     constexpr int units = MT * GROUPS_OF_CHUNK * parts;  // [group][tile][part of the group]
@@ -173,58 +171,4 @@ __device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const u16* x,
             }
         }
     }
-}
-
-// Wait for all threads of the cluster, or of the block where that is all, and see what they have written.
-__device__ __forceinline__ void wait_for_all() {
-    if (SPLIT > 1)
-        asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    else
-        __syncthreads();
-}
-// What lies at p in the shared memory of a block of the cluster.
-__device__ __forceinline__ float read_of(const float* p, int block) {
-    if (SPLIT == 1) return *p;
-    u32 at;
-    float y;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(block));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(y) : "r"(at) : "memory");
-    return y;
-}
-
-// To the output; each team of the cluster adds up some of what all of them have.
-__device__ __forceinline__ void join_parts(const Args& a, const float (&sums)[MT][NT][4], u8* own_memory, int team, int warp,
-                                           int lane, int first_tile) {
-    constexpr int each = 4 * NT, threads = 32 * WARPS, parts = SPLIT * TEAMS;
-    if (parts == 1) {
-#pragma unroll
-        for (int e = 0; e < each; ++e) {
-            float y[MT];
-            for (int i = 0; i < MT; ++i) y[i] = sums[i][e / 4][e % 4];
-            store_sums(a, y, e, first_tile, lane);
-        }
-        return;
-    }
-    wait_for_team(team);  // nobody reads its weights and inputs any more
-    float* own = (float*)own_memory + 32 * warp + lane;  // [tile][each][threads]
-#pragma unroll
-    for (int i = 0; i < MT; ++i)
-#pragma unroll
-        for (int e = 0; e < each; ++e) own[(i * each + e) * threads] = sums[i][e / 4][e % 4];
-    wait_for_all();
-    const float* of_first = own - team * (STAGES * sizeof(Weights) + Inputs::bytes) / sizeof(float);
-    for (int e = blockIdx.y * TEAMS + team; e < each; e += parts) {
-        float y[MT];
-#pragma unroll
-        for (int i = 0; i < MT; ++i) {
-            y[i] = 0.0f;
-#pragma unroll
-            for (int p = 0; p < parts; ++p) {
-                const float* of_team = of_first + p % TEAMS * (STAGES * sizeof(Weights) + Inputs::bytes) / sizeof(float);
-                y[i] += read_of(of_team + (i * each + e) * threads, p / TEAMS);
-            }
-        }
-        store_sums(a, y, e, first_tile, lane);
-    }
-    if (SPLIT > 1) wait_for_all();  // others may still read this block's
 }

@@ -29,7 +29,6 @@ KEPT = Path("~/.cache/pelton/kernels")
 HOPPER = 9, 0  # a compute capability
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: begin before the kernel before has ended
-CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -43,20 +42,16 @@ class Function:
 
     def launch(
         self, grid: tuple[int, int], num_threads: int, args: ctypes.Structure, device: torch.device,
-        shared_bytes: int = 0, cluster: int = 1,
+        shared_bytes: int = 0,
     ) -> None:
         """Enqueue on the current stream. The kernel may begin while the one before still runs, and waits for it.
-        shared_bytes: of each block, beside what the kernel has for itself; cluster: blocks of a column of the grid that
-        read each other's."""
+        shared_bytes: of each block, beside what the kernel has for itself."""
         if shared_bytes > self._most_shared:  # it gets some unasked, but how many is not told
             _check(_driver().cuFuncSetAttribute(self._handle, MAX_SHARED, shared_bytes), f"memory of {self._name}")
             self._most_shared = shared_bytes
-        attributes = (_Attribute * 2)(
-            _Attribute(OVERLAP, b"", _Value(programmatic=1)), _Attribute(CLUSTER, b"", _Value(cluster=(1, cluster, 1)))
-        )
-        num_attributes = 0 if torch.cuda.get_device_capability(device) < HOPPER else 1 if cluster == 1 else 2
+        attribute = _Attribute(OVERLAP, b"", _Value(programmatic=1))
         config = _Config(*grid, 1, num_threads, 1, 1, shared_bytes, torch.cuda.current_stream(device).cuda_stream,
-                         attributes, num_attributes)
+                         ctypes.pointer(attribute), int(torch.cuda.get_device_capability(device) >= HOPPER))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         launched = _driver().cuLaunchKernelEx(ctypes.byref(config), self._handle, pointers, None)
         _check(launched, f"launch of {self._name}")
@@ -128,7 +123,7 @@ def _result(size_of: Any, read: Any, program: ctypes.c_void_p) -> bytes:
 
 
 class _Value(ctypes.Union):
-    _fields_ = [("programmatic", ctypes.c_int), ("cluster", ctypes.c_uint * 3), ("room", ctypes.c_char * 64)]
+    _fields_ = [("programmatic", ctypes.c_int), ("room", ctypes.c_char * 64)]
 
 
 class _Attribute(ctypes.Structure):
