@@ -270,20 +270,21 @@ def _cut_hopper(
     num_chunks = -(-num_in // (2 * COLUMNS))
 
     def cut(mt: int, split: int) -> _More:
-        most_teams = 2 if nt * mt * (2 if has_min else 1) <= 8 and not same else 1
+        most_teams = 2 if nt * mt * (4 if has_min else 1) <= 8 and not same else 1
         for warps, teams in ((8, most_teams), (8, 1), (4, 1)):
             found = _More(nt, mt, warps, split, 0, 1, teams, 1)
             free = shared_memory - TABLE_BYTES - found.shared_bytes(num_rows, num_in, piece_bytes)
             stage_bytes = teams * warps * 2 * mt * 32 * piece_bytes
             if free >= 2 * stage_bytes:
                 break
-        return replace(found, STAGES=min(4, free // stage_bytes))
+        return replace(found, STAGES=min(3, free // stage_bytes))
 
     def cost(cut: _More) -> tuple[float, int]:
-        """By chunks that a multiprocessor multiplies, and what it takes to begin."""
+        """By the chunks that a multiprocessor multiplies, what it takes to begin, and sums that go through memory."""
         rounds = -(-cut.blocks(num_out) * cut.SPLIT // processors)
         chunks = -(-num_chunks // (cut.SPLIT * cut.TEAMS)) * cut.TEAMS
-        return rounds * (3 + chunks * cut.WARPS * (1 + 2 * cut.MT) / 40), cut.SPLIT
+        joins = 0.4 * cut.SPLIT * cut.MT if cut.SPLIT > 1 else 0.0
+        return rounds * (3 + chunks * cut.WARPS * (1 + 2 * cut.MT) / 40) + joins, cut.SPLIT
 
     def cuts(mt: int) -> list[_More]:
         found = [cut(mt, split) for split in range(1, 9)]
@@ -294,7 +295,7 @@ def _cut_hopper(
 
     if same:
         return cut(2 if is_gated else 1, min(cuts(1), key=cost).SPLIT)
-    return min(cuts(2) if is_gated else [*cuts(1), *cuts(2)], key=cost)
+    return min(cuts(2) if is_gated or has_min else [*cuts(1), *cuts(2)], key=cost)
 
 
 def _piece_bytes(weight: Tensor | Tiles) -> int:
