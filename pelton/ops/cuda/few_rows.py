@@ -270,7 +270,7 @@ def _cut_hopper(
     num_chunks = -(-num_in // (2 * COLUMNS))
 
     def cut(mt: int, split: int) -> _More:
-        most_teams = 2 if nt * mt * (4 if has_min else 1) <= 8 and not same else 1
+        most_teams = 2 if nt <= 4 and nt * mt * (4 if has_min else 1) <= 8 and not same else 1
         for warps, teams in ((8, most_teams), (8, 1), (4, 1)):
             found = _More(nt, mt, warps, split, 0, 1, teams, 1)
             free = shared_memory - TABLE_BYTES - found.shared_bytes(num_rows, num_in, piece_bytes)
