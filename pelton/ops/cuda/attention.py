@@ -474,8 +474,8 @@ def _join_if_last(x, parts, place, share, num_stored, ROWS: tl.constexpr):
 
 @triton.jit
 def _prepare(x, new, place, has_last, row):
-    """Rows of the query [rows, WIDTH], normalised and rotated as `rope_and_store_` does it. The program that sees the
-    token's own key, `has_last`, has this in row GROUP and the value in the next: both go to their slot."""
+    """Rows of the query [rows, WIDTH], normalised and rotated as `rope_and_store_` does it. The one program that is to
+    read the token's own key, `has_last`, has it in row GROUP and the value in the next: both go to their slot."""
     HALF: tl.constexpr = x.shape.HEAD_SIZE // 2
     GROUP: tl.constexpr = x.shape.GROUP
     column = tl.arange(0, x.shape.WIDTH)[None, :]
@@ -484,7 +484,7 @@ def _prepare(x, new, place, has_last, row):
     is_key, is_value = (row == GROUP)[:, None], (row == GROUP + 1)[:, None]
     inside = (row < tl.where(has_last, GROUP + 2, GROUP))[:, None] & (column < x.shape.HEAD_SIZE)
     slot = tl.load(new.slots + place.token)
-    # Vectors are loaded once for each row, where they are needed: there is no layout to be changed.
+    # Vectors are loaded for each row: one that is spread over the rows would go through shared memory.
     if new.q_norm is not None:
         weight = tl.where(is_key, new.k_norm, new.q_norm)
         weight_1 = tl.load(weight + column, mask=inside, other=0.0)
@@ -498,8 +498,8 @@ def _prepare(x, new, place, has_last, row):
     cos = tl.load(new.cos + token * new.cos_token + column % HALF, mask=inside, other=0.0)
     sin = tl.load(new.sin + token * new.sin_token + column % HALF, mask=inside, other=0.0)
     if new.q_norm is not None:
-        halves = tl.where(in_first_half, x1, 0.0), tl.where(in_first_half, x2, 0.0)
-        factor = norm_factor(halves[0], halves[1], new.eps, x.shape.HEAD_SIZE)
+        first_1, first_2 = tl.where(in_first_half, x1, 0.0), tl.where(in_first_half, x2, 0.0)
+        factor = norm_factor(first_1, first_2, new.eps, x.shape.HEAD_SIZE)
         x1 = (x1 * factor * weight_1).to(given.dtype).to(tl.float32)
         x2 = (x2 * factor * weight_2).to(given.dtype).to(tl.float32)
     turned = rotate(x1, x2, cos, tl.where(in_first_half, -sin, sin)).to(given.dtype)
@@ -590,9 +590,7 @@ def paged_attention(
 ) -> Tensor:
     """`ops.paged_attention`. If there are as many tokens as requests, these are taken for decodes, which is right for
     all but slow for others."""
-    return _attend(
-        None, query, cache, block_table, query_starts, context_lens, scale, window, softcap, span_ends
-    )
+    return _attend(None, query, cache, block_table, query_starts, context_lens, scale, window, softcap, span_ends)
 
 
 def rope_and_attend_(

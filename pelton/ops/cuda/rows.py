@@ -338,9 +338,8 @@ def to_cache(x, scale, dtype: tl.constexpr):
         divisor = tl.broadcast_to(tl.maximum(scale, 2e-38)[:, None], x.shape)
         x = (tl.div_rn(x, divisor) + ROUNDS) - ROUNDS
     if dtype == tl.uint8 or dtype == tl.float8e4nv:
-        return _to_float8(x).to(dtype, bitcast=True)
-    else:
-        return x.to(dtype)
+        x = _to_float8(x).to(dtype, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
