@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from pelton import ops
@@ -99,14 +98,13 @@ class Attention:
         cache, group = batch.kv[self.layer_id]
         qkv = self.qkv.after(norm, x)  # [T, (H + 2G) D]
         q_norm, k_norm, eps = self.head_norms
-        ops.rope_and_store_(qkv, *angles, cache, group.slots, q_norm, k_norm, eps)
-        heads = qkv.view(x.shape[0], -1, s.head_size)  # [T, H + 2G, D]
-        q, k, v = torch.split(heads, [s.num_heads, s.num_kv_heads, s.num_kv_heads], dim=1)
         longest = max((end - begin for begin, end in batch.prompts), default=0)
         if batch.prompts and s.softcap is None and (s.window is None or longest <= s.window):
-            out = ops.prompt_attention(q, k, v, batch.prompts, s.scale)
+            ops.rope_and_store_(qkv, *angles, cache, group.slots, q_norm, k_norm, eps)
+            out = ops.prompt_attention(*ops.split_heads(qkv, cache), batch.prompts, s.scale)
         else:
-            out = ops.paged_attention(
-                q, cache, group.block_table, batch.query_starts, batch.context_lens, s.scale, s.window, s.softcap
+            out = ops.rope_and_attend_(
+                qkv, *angles, cache, group.slots, q_norm, k_norm, eps,
+                group.block_table, batch.query_starts, batch.context_lens, s.scale, s.window, s.softcap,
             )
         return self.out(out.flatten(1), add_to)  # [T, H * D] -> [T, d_model]

@@ -44,7 +44,7 @@ class Op(Generic[P, Result]):
         self.name = reference.__name__
         self.reference = reference
         self.kernels: list[Kernel] = []
-        self.only_on = ""  # the device where it is called, if not on all
+        self.only_on = ""  # the device that has kernels for it, if not all
         self.__doc__ = reference.__doc__
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Result:
@@ -179,6 +179,14 @@ def _untouched_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
+def split_heads(qkv: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values: views [T, H, D], [T, G, D], [T, G, D] of [T, (H + 2G) D]."""
+    num_kv_heads, head_size = cache.key.shape[2:]
+    heads = qkv.view(qkv.shape[0], -1, head_size)
+    q, k, v = torch.split(heads, [heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    return q, k, v
+
+
 @op
 def rope_angles(positions: Tensor, inv_freq: Tensor, magnitude: float) -> tuple[Tensor, Tensor]:
     """cos and sin of positions * inv_freq, times magnitude: int64 [T], float32 [D/2] -> two float32 [T, D/2]."""
@@ -202,15 +210,14 @@ def rope_and_store_(
 
     qkv [T, (H + 2G) D]: queries and keys are changed in place; cos, sin [T, D/2]; slots [T]: block * S + offset.
     """
-    _, block_size, num_kv_heads, head_size = cache.key.shape
-    heads = qkv.view(qkv.shape[0], -1, head_size)  # [T, H + 2G, D]
-    q, k, v = torch.split(heads, [heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k, v = split_heads(qkv, cache)
     for part, weight in ((q, q_norm), (k, k_norm)):
         if weight is not None:
             part.copy_(rms_norm.reference(part, weight, eps))
         x1, x2 = part.float().chunk(2, dim=-1)  # [T, heads, D/2]
         turned = x1 * cos[:, None] - x2 * sin[:, None], x2 * cos[:, None] + x1 * sin[:, None]
         part.copy_(torch.cat(turned, dim=-1))
+    block_size = cache.key.shape[1]
     where = slots // block_size, slots % block_size
     for numbers, scales, new in ((cache.key, cache.key_scale, k), (cache.value, cache.value_scale, v)):
         if scales is not None:
@@ -258,6 +265,36 @@ def paged_attention(
         ends = None if span_ends is None else span_ends[begin:end] - first * block_size
         out[begin:end] = _attend(query[begin:end], key, value, start - first * block_size, scale, window, softcap, ends)
     return out
+
+
+@op
+def rope_and_attend_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: LayerCache,
+    slots: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    block_table: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`rope_and_store_`, then `paged_attention`. Returns [T, H, D].
+
+    Where there are as many tokens as requests, each request has one at most. Tokens of no request need not be stored,
+    and what is in qkv afterwards is not said.
+    """
+    rope_and_store_(qkv, cos, sin, cache, slots, q_norm, k_norm, eps)
+    query, _, _ = split_heads(qkv, cache)
+    return paged_attention(query, cache, block_table, query_starts, context_lens, scale, window, softcap)
+
+
+rope_and_attend_.only_on = "cuda"  # elsewhere it is its two parts, which have kernels
 
 
 @op

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pelton import ops
 
-TESTED_ELSEWHERE = {"sample", "prompt_attention", "quantize_rows"}  # in test_sampling.py, below and in cuda/
+TESTED_ELSEWHERE = {"sample", "rope_and_attend_", "prompt_attention", "quantize_rows"}  # test_sampling.py, below, cuda/
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

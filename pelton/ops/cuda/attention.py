@@ -12,6 +12,9 @@ parts of all decodes stand in one row, which is divided evenly among a fixed num
 token fall to one program, it joins them; else they go through memory, and the last of its programs to come there joins
 them with the same arithmetic. So a token's numbers depend on its own context, never on its company. (Computed in a
 larger chunk, they may differ in the last bits.)
+
+In a step of decodes alone this kernel also normalises and rotates what is new and writes it to the cache, with the
+arithmetic of the kernel that does so in other steps: the same bits.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from pelton.ops.cuda.launch import (
     wait_for_inputs,
     wait_for_previous,
 )
+from pelton.ops.cuda.rows import accepts_rope_and_store, norm_factor, rotate, scale_of, to_cache
 
 PART = 128  # keys
 MAX_PARTS = 64
@@ -125,6 +129,20 @@ class Inputs(NamedTuple):
     scale: float
     softcap: float | None
     shape: Shape
+
+
+class NewTokens(NamedTuple):
+    """What decodes bring along whose rows are as they came from the product, [T, (H + 2G) D]: queries, which `Inputs`
+    names, then keys, then values."""
+
+    cos: Any  # [T, D / 2]
+    cos_token: int  # stride
+    sin: Any  # [T, D / 2]
+    sin_token: int
+    slots: Any  # [T]
+    q_norm: Any  # [D], or None, as the other
+    k_norm: Any
+    eps: float
 
 
 class Sums(NamedTuple):
@@ -215,11 +233,10 @@ def _no_sums(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_query(x, token, head, there):
-    """Rows [rows, WIDTH] of the query; token: a number or [rows]."""
-    column = tl.arange(0, x.shape.WIDTH)[None, :]
+def _load_query(x, token, head, column, inside):
+    """Rows of the query; token: a number or [rows]; column: [1, WIDTH]; inside: [rows, WIDTH]."""
     offsets = token.to(tl.int64) * x.query_token + head * x.query_head
-    return tl.load(x.query + offsets[:, None] + column, mask=there[:, None] & (column < x.shape.HEAD_SIZE), other=0.0)
+    return tl.load(x.query + offsets[:, None] + column, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -285,7 +302,8 @@ def _chunk_kernel(
     row = tl.arange(0, ROWS)
     token, head = begin + position - new + row // x.shape.GROUP, g * x.shape.GROUP + row % x.shape.GROUP
     there = (row < TOKENS * x.shape.GROUP) & (token >= begin) & (token < end)
-    query = _load_query(x, token, head, there)
+    column = tl.arange(0, x.shape.WIDTH)[None, :]
+    query = _load_query(x, token, head, column, there[:, None] & (column < x.shape.HEAD_SIZE))
     last = position + row // x.shape.GROUP
     first = _first_seen(x, last)[:, None]
     if x.span_ends is not None:
@@ -454,12 +472,69 @@ def _join_if_last(x, parts, place, share, num_stored, ROWS: tl.constexpr):
         tl.store(counter, 0)
 
 
+@triton.jit
+def _prepare(x, new, place, has_last, row):
+    """Rows of the query [rows, WIDTH], normalised and rotated as `rope_and_store_` does it. The one program that is to
+    read the token's own key, `has_last`, has it in row GROUP and the value in the next: both go to their slot."""
+    HALF: tl.constexpr = x.shape.HEAD_SIZE // 2
+    GROUP: tl.constexpr = x.shape.GROUP
+    column = tl.arange(0, x.shape.WIDTH)[None, :]
+    partner = (column + HALF) % x.shape.HEAD_SIZE
+    in_first_half = column < HALF
+    is_key, is_value = (row == GROUP)[:, None], (row == GROUP + 1)[:, None]
+    inside = (row < tl.where(has_last, GROUP + 2, GROUP))[:, None] & (column < x.shape.HEAD_SIZE)
+    slot = tl.load(new.slots + place.token)
+    # Vectors are loaded for each row: one that is spread over the rows would go through shared memory.
+    if new.q_norm is not None:
+        weight = tl.where(is_key, new.k_norm, new.q_norm)
+        weight_1 = tl.load(weight + column, mask=inside, other=0.0)
+        weight_2 = tl.load(weight + partner, mask=inside, other=0.0)
+    wait_for_previous()  # what was read until here was there when the step began
+
+    head = tl.where(row < GROUP, place.g * GROUP + row, x.shape.NUM_KV_HEADS * row + place.g)
+    given = _load_query(x, place.token, head, column, inside)
+    x1, x2 = given.to(tl.float32), _load_query(x, place.token, head, partner, inside).to(tl.float32)
+    token = place.token.to(tl.int64)
+    cos = tl.load(new.cos + token * new.cos_token + column % HALF, mask=inside, other=0.0)
+    sin = tl.load(new.sin + token * new.sin_token + column % HALF, mask=inside, other=0.0)
+    if new.q_norm is not None:
+        first_1, first_2 = tl.where(in_first_half, x1, 0.0), tl.where(in_first_half, x2, 0.0)
+        factor = norm_factor(first_1, first_2, new.eps, x.shape.HEAD_SIZE)
+        x1 = (x1 * factor * weight_1).to(given.dtype).to(tl.float32)
+        x2 = (x2 * factor * weight_2).to(given.dtype).to(tl.float32)
+    turned = rotate(x1, x2, cos, tl.where(in_first_half, -sin, sin)).to(given.dtype)
+    rows = tl.where(is_value, given, turned)
+    if has_last:
+        _store_new(x, x.key, x.key_scale, slot, place.g, rows, row == GROUP)
+        _store_new(x, x.value, x.value_scale, slot, place.g, rows, row == GROUP + 1)
+        tl.debug_barrier()  # all of the program's threads will read them
+    return rows
+
+
+@triton.jit
+def _store_new(x, store, scales, slot, g, rows, here):
+    """Write the one of rows [rows, WIDTH] that is `here` to a slot of the cache."""
+    block, offset = slot // x.shape.BLOCK_SIZE, slot % x.shape.BLOCK_SIZE
+    column = tl.arange(0, x.shape.WIDTH)[None, :]
+    inside = here[:, None] & (column < x.shape.HEAD_SIZE)
+    rows = rows.to(tl.float32)
+    scale = None
+    if scales is not None:
+        scale = scale_of(tl.max(tl.abs(rows), 1))
+        pointers = scales.numbers + (block * scales.block + offset * scales.slot + g * scales.head)
+        tl.store(pointers + tl.zeros(here.shape, tl.int32), scale, mask=here)
+    pointers = store.numbers + (block * store.block + offset * store.slot + g * store.head) + column
+    numbers = to_cache(rows, scale, store.numbers.dtype.element_ty)
+    tl.store(tl.broadcast_to(pointers, rows.shape), numbers, mask=inside)
+
+
 @triton.jit(do_not_specialize=["num_requests", "few_rows"])
 def _decode_kernel(
-    x, parts, num_requests, few_rows, PART: tl.constexpr, MAX_PARTS: tl.constexpr, REQUESTS: tl.constexpr,
-    ROWS: tl.constexpr, JOINED_ROWS: tl.constexpr, KEYS: tl.constexpr,
+    x, new, parts, num_requests, few_rows, HAS_NEW: tl.constexpr, PART: tl.constexpr, MAX_PARTS: tl.constexpr,
+    REQUESTS: tl.constexpr, ROWS: tl.constexpr, JOINED_ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):
-    """Each program computes its share of the units."""
+    """Each program computes its share of the units. new: NewTokens or None, as HAS_NEW says: Triton cannot compare a
+    tuple in which something is None."""
     let_next_begin()
     ends, share = _line_up(x, num_requests, few_rows, PART, MAX_PARTS, REQUESTS)
     unit = tl.program_id(0) * share
@@ -472,8 +547,13 @@ def _decode_kernel(
         begin = tl.maximum(tl.cdiv(unit - place.origin, place.step) * place.keys, place.first // KEYS * KEYS)
         end = tl.minimum(tl.cdiv(until - place.origin, place.step) * place.keys, place.last + 1)
         is_shared = _is_shared(place, share)
-        wait_for_previous()  # what was read until here was there when the step began
-        query = _load_query(x, place.token, place.g * x.shape.GROUP + row, there)
+        if HAS_NEW:
+            query = _prepare(x, new, place, (begin <= place.last) & (place.last < end), row)
+        else:
+            wait_for_previous()  # what was read until here was there when the step began
+            column = tl.arange(0, x.shape.WIDTH)[None, :]
+            inside = there[:, None] & (column < x.shape.HEAD_SIZE)
+            query = _load_query(x, place.token, place.g * x.shape.GROUP + row, column, inside)
         part, joined = _no_sums(x, ROWS), _no_sums(x, ROWS)
         for at in range(begin, end, KEYS):
             part = _add_span(
@@ -510,6 +590,25 @@ def paged_attention(
 ) -> Tensor:
     """`ops.paged_attention`. If there are as many tokens as requests, these are taken for decodes, which is right for
     all but slow for others."""
+    return _attend(None, query, cache, block_table, query_starts, context_lens, scale, window, softcap, span_ends)
+
+
+def rope_and_attend_(
+    qkv: Tensor, cos: Tensor, sin: Tensor, cache: ops.LayerCache, slots: Tensor, q_norm: Tensor | None,
+    k_norm: Tensor | None, eps: float, block_table: Tensor, query_starts: Tensor, context_lens: Tensor, scale: float,
+    window: int | None = None, softcap: float | None = None,
+) -> Tensor:
+    """`ops.rope_and_attend_` of decodes, in one kernel; qkv stays as it is."""
+    new = NewTokens(cos, cos.stride(0), sin, sin.stride(0), slots, q_norm, k_norm, float(eps))
+    query, _, _ = ops.split_heads(qkv, cache)
+    return _attend(new, query, cache, block_table, query_starts, context_lens, scale, window, softcap)
+
+
+def _attend(
+    new: NewTokens | None, query: Tensor, cache: ops.LayerCache, block_table: Tensor, query_starts: Tensor,
+    context_lens: Tensor, scale: float, window: int | None, softcap: float | None, span_ends: Tensor | None = None,
+) -> Tensor:
+    """Attention of tokens that are in the cache, or of `new` decodes."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if query.shape[0] == 0 or context_lens.shape[0] == 0:
         return out
@@ -526,7 +625,7 @@ def paged_attention(
     requests = 1 if num_requests == 1 else max(128, triton.next_power_of_2(num_requests))
     if query.shape[0] != context_lens.shape[0]:
         _compute_chunks(x, requests)
-    _compute_decodes(x, requests)
+    _compute_decodes(x, new, requests)
     return out
 
 
@@ -543,7 +642,7 @@ def _compute_chunks(x: Inputs, requests: int) -> None:
     )
 
 
-def _compute_decodes(x: Inputs, requests: int) -> None:
+def _compute_decodes(x: Inputs, new: NewTokens | None, requests: int) -> None:
     """Requests with at most FEW_TOKENS tokens, or all if they could have one token each."""
     (num_tokens, num_heads, head_size), num_requests = x.query.shape, x.context_lens.shape[0]
     num_kv_heads, device = x.key.numbers.shape[2], x.query.device
@@ -554,8 +653,8 @@ def _compute_decodes(x: Inputs, requests: int) -> None:
     most = min(num_tokens, num_requests * few_rows) * num_kv_heads * max_units
     num_programs = min(most, MAX_PROGRAMS * num_processors(device))
     _decode_kernel[(num_programs,)](
-        x, _parts(num_programs, min(max_units, MAX_PARTS), group, head_size, device), num_requests, few_rows, PART,
-        MAX_PARTS, requests, tiling.rows, triton.next_power_of_2(group), min(tiling.keys, PART),
+        x, new, _parts(num_programs, min(max_units, MAX_PARTS), group, head_size, device), num_requests, few_rows,
+        new is not None, PART, MAX_PARTS, requests, tiling.rows, triton.next_power_of_2(group), min(tiling.keys, PART),
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **OVERLAP,
     )
 
@@ -589,6 +688,24 @@ def accepts_paged_attention(
     )
 
 
+def accepts_rope_and_attend(
+    qkv: Tensor, cos: Tensor, sin: Tensor, cache: ops.LayerCache, slots: Tensor, q_norm: Tensor | None,
+    k_norm: Tensor | None, eps: float, block_table: Tensor, query_starts: Tensor, context_lens: Tensor, scale: float,
+    window: int | None = None, softcap: float | None = None,
+) -> bool:
+    """Decodes, with room for a key and a value beside the queries of their group."""
+    if qkv.shape[0] != context_lens.shape[0]:
+        return False
+    query, _, _ = ops.split_heads(qkv, cache)
+    group, head_size = query.shape[1] // cache.key.shape[2], query.shape[2]
+    return (
+        accepts_rope_and_store(qkv, cos, sin, cache, slots, q_norm, k_norm, eps)
+        and accepts_paged_attention(query, cache, block_table, query_starts, context_lens, scale, window, softcap)
+        and (q_norm is None) == (k_norm is None)
+        and group + 2 <= decode_tiling(head_size, group, query.dtype).rows
+    )
+
+
 def prompt_attention(
     query: Tensor, key: Tensor, value: Tensor, prompts: Sequence[tuple[int, int]], scale: float
 ) -> Tensor:
@@ -610,4 +727,5 @@ def accepts_prompt_attention(
 def register(add: Callable[..., None]) -> None:
     """Name the kernels of this module's ops."""
     add(ops.paged_attention, paged_attention, accepts_paged_attention)
+    add(ops.rope_and_attend_, rope_and_attend_, accepts_rope_and_attend)
     add(ops.prompt_attention, prompt_attention, accepts_prompt_attention)

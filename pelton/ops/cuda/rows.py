@@ -264,6 +264,22 @@ def accepts_rope_angles(positions: Tensor, inv_freq: Tensor, magnitude: float) -
 
 
 @triton.jit
+def norm_factor(x1, x2, eps, SIZE: tl.constexpr):
+    """1 / rms [heads, 1] of heads of SIZE numbers, from their two halves [heads, n] float32. The squares are added as
+    integers, whose sum has no order: where it is compiled, and how numbers are laid out there, does not matter."""
+    squares = tl.fma(x1, x1, x2 * x2)
+    unit = tl.maximum(tl.max(squares, axis=1, keep_dims=True), 1e-28) * (SIZE / (1 << 30))
+    total = tl.sum(tl.fma(squares, 1.0 / unit, 0.5).to(tl.int32), axis=1, keep_dims=True)
+    return 1.0 / tl.sqrt_rn(tl.fma(total.to(tl.float32) * unit, 1.0 / SIZE, eps))
+
+
+@triton.jit
+def rotate(x, partner, cos, sin):
+    """x * cos + partner * sin, with what is fused said: where it is compiled must not matter."""
+    return tl.fma(partner, sin, x * cos)
+
+
+@triton.jit
 def _load_heads(row_ptr, first, end, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     """Some heads of a token, as two halves [HEADS, BLOCK] float32, where they lie, and which of that there is."""
     head = first + tl.arange(0, HEADS)[:, None]
@@ -284,16 +300,15 @@ def _turn_heads(
     x1, x2, place, inside = _load_heads(row_ptr, first, end, HALF, HEADS, BLOCK)
     column = tl.arange(0, BLOCK)
     if NORM:
-        mean = (tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / (2 * HALF)
-        factor = (1.0 / tl.sqrt_rn(mean + eps))[:, None]
+        factor = norm_factor(x1, x2, eps, 2 * HALF)
         w1 = tl.load(norm_ptr + column, mask=column < HALF, other=0.0)[None, :]
         w2 = tl.load(norm_ptr + HALF + column, mask=column < HALF, other=0.0)[None, :]
         x1 = (x1 * factor * w1).to(row_ptr.dtype.element_ty).to(tl.float32)
         x2 = (x2 * factor * w2).to(row_ptr.dtype.element_ty).to(tl.float32)
     cos = tl.load(cos_ptr + column, mask=column < HALF, other=0.0)[None, :]
     sin = tl.load(sin_ptr + column, mask=column < HALF, other=0.0)[None, :]
-    y1 = (x1 * cos - x2 * sin).to(row_ptr.dtype.element_ty)
-    y2 = (x2 * cos + x1 * sin).to(row_ptr.dtype.element_ty)
+    y1 = rotate(x1, x2, cos, -sin).to(row_ptr.dtype.element_ty)
+    y2 = rotate(x2, x1, cos, sin).to(row_ptr.dtype.element_ty)
     tl.store(place, y1, mask=inside)
     tl.store(place + HALF, y2, mask=inside)
     return y1.to(tl.float32), y2.to(tl.float32)
@@ -312,6 +327,23 @@ def _to_float8(x):
 
 
 @triton.jit
+def scale_of(largest):
+    """Of int8 numbers, from the largest they stand for."""
+    return tl.div_rn(largest, 127.0)
+
+
+@triton.jit
+def to_cache(x, scale, dtype: tl.constexpr):
+    """Heads [heads, n] float32 as numbers of a cache: int8 with a scale [heads] each, float8 or its bits in uint8."""
+    if dtype == tl.int8:
+        divisor = tl.broadcast_to(tl.maximum(scale, 2e-38)[:, None], x.shape)
+        x = (tl.div_rn(x, divisor) + ROUNDS) - ROUNDS
+    if dtype == tl.uint8 or dtype == tl.float8e4nv:
+        x = _to_float8(x).to(dtype, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def _store_heads(
     x1, x2, first, end, slot, cache_ptr, scale_ptr, block_size, stride_b, stride_s, stride_g, stride_d,
     scale_b, scale_s, scale_g, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
@@ -320,19 +352,14 @@ def _store_heads(
     block, offset = slot // block_size, slot % block_size
     head = first + tl.arange(0, HEADS)
     column = tl.arange(0, BLOCK)[None, :]
+    scale = None
     if cache_ptr.dtype.element_ty == tl.int8:
-        largest = tl.maximum(tl.max(tl.abs(x1), axis=1), tl.max(tl.abs(x2), axis=1))
-        scale = tl.div_rn(largest, 127.0)
+        scale = scale_of(tl.maximum(tl.max(tl.abs(x1), axis=1), tl.max(tl.abs(x2), axis=1)))
         tl.store(scale_ptr + block * scale_b + offset * scale_s + head * scale_g, scale, mask=head < end)
-        divisor = tl.broadcast_to(tl.maximum(scale, 2e-38)[:, None], x1.shape)
-        x1 = (tl.div_rn(x1, divisor) + ROUNDS) - ROUNDS
-        x2 = (tl.div_rn(x2, divisor) + ROUNDS) - ROUNDS
-    if cache_ptr.dtype.element_ty == tl.uint8:
-        x1, x2 = _to_float8(x1), _to_float8(x2)
     place = cache_ptr + block * stride_b + offset * stride_s + head[:, None] * stride_g + column * stride_d
     inside = (head[:, None] < end) & (column < HALF)
-    tl.store(place, x1.to(cache_ptr.dtype.element_ty), mask=inside)
-    tl.store(place + HALF * stride_d, x2.to(cache_ptr.dtype.element_ty), mask=inside)
+    tl.store(place, to_cache(x1, scale, cache_ptr.dtype.element_ty), mask=inside)
+    tl.store(place + HALF * stride_d, to_cache(x2, scale, cache_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -10,12 +12,14 @@ import torch
 from torch import Tensor
 
 from pelton import ops
-from pelton.ops.cuda import attention
+from pelton.ops.cuda import attention, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy's
 
 F32, BF16, F16, FP8, INT8 = torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8
 ALLOWED = {F32: 2e-5, BF16: 2e-2, F16: 2e-3}
+STEPS = {F32: 2e-6, BF16: 2**-7, F16: 2**-10, FP8: 2**-3, INT8: 1.0}
+DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, FP8), (F32, FP8), (BF16, INT8), (F32, INT8), (F32, BF16)]
 NEW, LENS = [20, 1, 0, 3, 1], [90, 70, 5, 45, 1]  # new tokens and context length of each request of a mixed batch
 
 
@@ -80,9 +84,7 @@ def check(args: tuple[Any, ...], clean: tuple[Any, ...]) -> None:
     torch.testing.assert_close(got, expected, atol=ALLOWED[got.dtype], rtol=ALLOWED[got.dtype])
 
 
-@pytest.mark.parametrize("dtypes", [
-    (F32, F32), (BF16, BF16), (F16, F16), (BF16, FP8), (F32, FP8), (BF16, INT8), (F32, INT8), (F32, BF16),
-], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_dtypes(device: torch.device, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     check(*arguments(device, NEW, LENS, dtypes=dtypes))
 
@@ -166,6 +168,113 @@ def test_rows_of_no_request_are_left_alone(device: torch.device, monkeypatch: py
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **kinds: empty(*size, **kinds).fill_(7))
     assert (attention.paged_attention(longer, *args)[query.shape[0] :] == 7).all()
+
+
+# --- with the rotation of what is new --------------------------------------------------------------------------------
+
+
+def parts_of(cache: ops.LayerCache) -> list[Tensor]:
+    """All that a cache holds."""
+    return [x for x in (cache.key, cache.value, cache.key_scale, cache.value_scale) if x is not None]
+
+
+def with_rotation(
+    device: torch.device, lens: list[int], heads: tuple[int, int, int] = (4, 2, 16),
+    dtypes: tuple[torch.dtype, torch.dtype] = (F32, F32), norm: bool = True, new: list[int] | None = None,
+    **options: Any,
+) -> tuple[list[Any], ops.LayerCache]:
+    """The arguments of `rope_and_attend_`, and a cache with numbers where no token looks. There are as many tokens as
+    requests, the last of no request; the slots of the others hold NaN."""
+    new = [1] * len(lens) if new is None else new
+    (_, cache, table, starts, *rest), (_, clean, *_) = arguments(device, new, lens, heads, dtypes, **options)
+    num_heads, num_kv_heads, head_size = heads
+    num_tokens, block_size = len(lens), cache.key.shape[1]
+    size = (num_heads + 2 * num_kv_heads) * head_size
+    qkv = random(num_tokens, size + 8, seed=6).to(device, dtypes[0])[:, 8:]
+    angles = random(num_tokens, head_size // 2, seed=7).to(device)
+    norms = [random(head_size, seed=i).to(device) for i in (8, 9)] if norm else [None, None]
+    slots = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    owners = [r for r, count in enumerate(new) if count]
+    for token, r in enumerate(owners):
+        block, offset = int(table[r, (lens[r] - 1) // block_size]), (lens[r] - 1) % block_size
+        slots[token] = block * block_size + offset
+        for x in parts_of(cache):
+            x[block, offset] = 99 if x.dtype == INT8 else torch.nan
+    return [qkv, angles.cos(), angles.sin(), cache, slots, *norms, 1e-6, table, starts, *rest], clean
+
+
+def run_apart(
+    rope_and_store_: Callable[..., None], paged_attention: Callable[..., Tensor], cache: ops.LayerCache,
+    args: list[Any], num_rows: int,
+) -> Tensor:
+    """What `rope_and_attend_` stands for, for some rows of attention."""
+    qkv, cos, sin, _, slots, q_norm, k_norm, eps, *rest = args
+    qkv = qkv.clone()
+    rope_and_store_(qkv, cos, sin, cache, slots, q_norm, k_norm, eps)
+    return paged_attention(ops.split_heads(qkv, cache)[0][:num_rows], cache, *rest)
+
+
+def check_with_rotation(*args: Any, **options: Any) -> None:
+    """The kernel against the kernels of the two ops, to the bit, and against their bodies."""
+    args, clean = with_rotation(*args, **options)
+    num_rows, num_tokens = int(args[9][-1]), args[0].shape[0]
+    fused, apart, plain = (copy.deepcopy(args[3]) for _ in range(3))
+    args[3] = fused
+    assert attention.accepts_rope_and_attend(*args)
+    got = attention.rope_and_attend_(*args)[:num_rows]
+
+    same = run_apart(rows.rope_and_store_, attention.paged_attention, apart, args, num_tokens)
+    assert torch.equal(got, same[:num_rows])
+    for a, b in zip(parts_of(fused), parts_of(apart), strict=True):  # but for the null block
+        assert torch.equal(a[1:].contiguous().view(torch.uint8), b[1:].contiguous().view(torch.uint8))
+
+    expected = run_apart(ops.rope_and_store_.reference, ops.paged_attention.reference, clean, args, num_rows)
+    allowed = max(ALLOWED[got.dtype], ALLOWED.get(clean.key.dtype, 0))  # the interpreter does not round to bfloat16
+    torch.testing.assert_close(got, expected, atol=allowed, rtol=allowed)
+    ops.rope_and_store_.reference(args[0].clone(), *args[1:3], plain, *args[4:8])
+    for a, b in zip(parts_of(fused), parts_of(plain), strict=True):
+        allowed = 2 * max(STEPS[a.dtype], STEPS[got.dtype])
+        torch.testing.assert_close(a[1:].float(), b[1:].float(), atol=allowed, rtol=allowed, equal_nan=True)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_rotation_and_dtypes(device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], norm: bool) -> None:
+    check_with_rotation(device, [90, 1, 33], dtypes=dtypes, norm=norm)
+
+
+@pytest.mark.parametrize(
+    "heads", [(2, 2, 64), (6, 2, 80), (4, 1, 128), (8, 1, 256), (17, 1, 16), (14, 1, 8), (5, 5, 96)], ids=str
+)
+def test_rotation_and_heads(device: torch.device, heads: tuple[int, int, int]) -> None:
+    for dtype in (F32, BF16):
+        check_with_rotation(device, [70, 16], heads, (dtype, dtype))
+
+
+@pytest.mark.parametrize("window", [1, 30, 64, 500])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_rotation_and_windows(device: torch.device, window: int, softcap: float | None) -> None:
+    check_with_rotation(device, [90, 1, 32, 33, 65], window=window, softcap=softcap, block_size=32)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_rotation_and_parts(device: torch.device, window: int | None) -> None:
+    """The borders of blocks and parts, alone and together, many parts, and requests of no rows."""
+    check_with_rotation(device, [31, 32, 33, 40, 128, 300, 0], new=[1, 1, 1, 0, 1, 1, 0], window=window)
+    for length in (1, 2, 16, 17, 64, 65, 129, 256, 257, 700):
+        check_with_rotation(device, [length], window=window)
+
+
+def test_rotation_of_decodes_alone(device: torch.device) -> None:
+    """Any other step, and groups that leave no room, have two kernels."""
+    for num_heads, accepted in ((28, True), (30, False), (32, False), (34, True)):
+        args, _ = with_rotation(device, [20, 30], (num_heads, 2, 16))
+        assert attention.accepts_rope_and_attend(*args) == accepted
+    args, _ = with_rotation(device, [20, 30])
+    assert not attention.accepts_rope_and_attend(*[x[:1] for x in args[:3]], args[3], args[4][:1], *args[5:])
+    assert not attention.accepts_rope_and_attend(*args[:6], None, *args[7:])
+    assert not attention.accepts_rope_and_attend(*args[:4], args[4].int(), *args[5:])
+    assert not attention.accepts_rope_and_attend(*args[:8], args[8].int(), *args[9:])
 
 
 def test_a_head_of_a_block_is_one_piece() -> None:

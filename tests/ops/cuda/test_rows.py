@@ -134,7 +134,7 @@ def make_cache(dtype: torch.dtype, order: tuple[int, ...], head_size: int, devic
 def test_rope_and_store(
     device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype, layout: str
 ) -> None:
-    for num_heads, head_size, norms in ((6, 16, True), (2, 24, True), (5, 16, False)):
+    for num_heads, head_size, norms in ((6, 16, True), (2, 24, True), (5, 16, False), (1, 128, True)):
         qkv = random(3, (num_heads + 4) * head_size, dtype=dtype)
         qkv[1, -head_size:] = 0  # a value of zeros has no scale
         qkv[2, -head_size:] /= 100  # less than the least normal number of float8
