@@ -61,7 +61,8 @@ class Programs(Captured):
 class Graphs(Captured):
     """On a GPU."""
 
-    def __init__(self, model: Model, kv: KVCache, max_requests: int, max_blocks: int) -> None:
+    def __init__(self, model: Model, kv: KVCache, max_requests: int, max_blocks: int, lazily: bool = False) -> None:
+        """lazily: all graphs but one are captured by the steps that need them first."""
         from pelton.quant.gpu import noting_order  # its kernels need Triton
 
         self.buffers = BatchBuffers(kv, max_requests, max_requests, max_blocks)
@@ -73,7 +74,8 @@ class Graphs(Captured):
         with noting_order():
             hidden = model.forward(self.buffers.batch(max_requests, max_requests))
             self._hidden, self._logits = hidden, model.logits(hidden)
-        self._captured = {size: self._capture(size) for size in reversed(self._sizes)}
+        first = self._sizes[-1:] if lazily else self._sizes[::-1]  # in any case the largest: all fit into its memory
+        self._captured = {size: self._capture(size) for size in first}
 
     def takes(self, chunks: Sequence[Chunk]) -> bool:
         return all(chunk.num_tokens == 1 and chunk.sample for chunk in chunks)
@@ -82,16 +84,23 @@ class Graphs(Captured):
         size = self._sizes[bisect_left(self._sizes, num_tokens)]
         self.buffers.clear_slots(num_tokens, size)
         self.buffers.upload(num_tokens, previous)
+        if size not in self._captured:
+            self._captured[size] = self._capture(size)
         self._captured[size].replay()
         self.num_replays += 1
         return self._hidden[:num_tokens], self._logits[:num_sampled]
 
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:
-        batch = self.buffers.batch(size, size)  # of no request: nothing but the null block is written
-        self._model.logits(self._model.forward(batch))  # compiles what is not compiled yet
+        """Also computes what the buffers hold: at start no request's tokens, else those that are computed again in
+        the replay, which changes nothing."""
+        self._compute(size)  # compiles what is not compiled yet
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            hidden = self._model.forward(batch)
-            self._hidden[:size].copy_(hidden)
-            self._logits[:size].copy_(self._model.logits(hidden))
+        # A capture that fails may leave its own stream as the current one; the outer context puts back what was.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
+            self._compute(size)
         return graph
+
+    def _compute(self, size: int) -> None:
+        hidden = self._model.forward(self.buffers.batch(size, size))
+        self._hidden[:size].copy_(hidden)
+        self._logits[:size].copy_(self._model.logits(hidden))

@@ -56,15 +56,15 @@ class ModelRunner:
         self._newest: tuple[Tensor, dict[int, int]]  # samples of the newest step, on the device, and their requests
         self.why_eager = ""  # a line for a person, where steps run eagerly but need not have
         if not config.device.enforce_eager:
-            self._capture()
+            self._capture(config.device.lazy_capture)
 
     @torch.inference_mode()
-    def _capture(self) -> None:
+    def _capture(self, lazily: bool) -> None:
         if self.device.type == "cuda":
             if not gpu.why_not():
                 most, max_blocks = self.buffers.max_requests, self.buffers.max_blocks
                 try:
-                    self.graph = Graphs(self.model, self.kv, most, max_blocks)
+                    self.graph = Graphs(self.model, self.kv, most, max_blocks, lazily)
                 except RuntimeError as error:
                     if is_out_of_memory(error):
                         raise

@@ -11,6 +11,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -27,7 +28,6 @@ from pelton.engine.core import EngineCore
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import EngineRequest, StepPlan, Update
 from pelton.ops.native import native, reason
-from pelton.runner.batch import BatchBuffers, Previous
 from pelton.runner.graph import Graphs
 from pelton.runner.model_runner import ModelRunner
 from pelton.runner.requests import RequestState
@@ -58,17 +58,14 @@ NEEDING: list[dict[str, Any]] = [{"frequency_penalty": 0.7}, {"prompt_logprobs":
 
 
 class Eager(Graphs):
-    """In place of CUDA graphs."""
+    """Computes what CUDA graphs would."""
 
-    def __init__(self, runner: ModelRunner) -> None:
-        self.model, self.num_replays = runner.model, 0
-        most, max_blocks = runner.buffers.max_requests, runner.buffers.max_blocks
-        self.buffers = BatchBuffers(runner.kv, most, most, max_blocks)
+    on_capture: Callable[[int], None] = staticmethod(lambda size: None)
 
-    def run(self, num_tokens: int, num_sampled: int, previous: Previous | None = None) -> tuple[Tensor, Tensor]:
-        self.buffers.upload(num_tokens, previous)
-        hidden = self.model.forward(self.buffers.batch(num_tokens, num_tokens))
-        return hidden, self.model.logits(hidden)[:num_sampled]
+    def _capture(self, size: int) -> Any:
+        self._compute(size)
+        self.on_capture(size)
+        return SimpleNamespace(replay=lambda: self._compute(size))
 
 
 class FlakySampler(Sampler):
@@ -191,7 +188,9 @@ class World:
     def _begin_ahead(self, runner: ModelRunner) -> None:
         """Let steps be begun; let them fail, while they begin or later."""
         rng = self.rng
-        runner.graph = Eager(runner)
+        most, max_blocks = runner.buffers.max_requests, runner.buffers.max_blocks
+        runner.graph = Eager(runner.model, runner.kv, most, max_blocks, lazily=rng.random() < 0.5)
+        runner.graph.on_capture = self._on_capture
         runner.sampler = FlakySampler(0)
         share = rng.choice([0.0, 0.0, 0.01])
         runner.sampler.fails, runner.sampler.failed = lambda: rng.random() < share, self.failed
@@ -224,6 +223,13 @@ class World:
 
         runner._run, runner._start = flaky(runner._run), flaky(runner._start)  # type: ignore[method-assign]
 
+    def _on_capture(self, size: int) -> None:
+        """Of a size that is captured by the step that needs it."""
+        self.counts["captured"] += 1
+        if size > 1 and self.rng.random() < 0.3:
+            self.counts["capture failed"] += 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
     def _play_alone(self, request: EngineRequest) -> list[Update]:
         self.alone.submit(request)
         updates = []
@@ -246,6 +252,8 @@ def test_what_is_begun_ahead_changes_nothing(
     make_core: Callable[..., EngineCore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pelton.ops.cuda.rows", SimpleNamespace(fill_in_=fill_in_))
+    monkeypatch.setitem(sys.modules, "pelton.quant.gpu", SimpleNamespace(noting_order=nullcontext))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr("pelton.engine.scheduler.CALM_STEPS", 3)  # steps are soon large enough to fail again
     for module in ("core", "scheduler"):  # they report each injected failure
         monkeypatch.setattr(logging.getLogger(f"pelton.engine.{module}"), "disabled", True)
@@ -255,6 +263,6 @@ def test_what_is_begun_ahead_changes_nothing(
             counts += World(seed, make_core).run()
         except Exception as error:
             raise AssertionError(f"the failing seed is {seed}: {error}") from error
-    for event in ("begun", "begun with a prompt", "out of memory", "kernel failed", "preempted", "hits", "abort",
-                  "error", "stop", "length"):
+    for event in ("begun", "begun with a prompt", "captured", "capture failed", "out of memory", "kernel failed",
+                  "preempted", "hits", "abort", "error", "stop", "length"):
         assert counts[event] > 0, f"the worlds no longer lead to {event}"

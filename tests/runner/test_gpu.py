@@ -56,7 +56,7 @@ def config_of(architecture: str, **changes: int) -> dict[str, Any]:
 
 def make_engine(
     checkpoint: DummyCheckpoint, dtype: str, enforce_eager: bool = False, limits: tuple[int, int] = (8, 128),
-    num_blocks: int = 200, caching: bool = False,
+    num_blocks: int = 200, caching: bool = False, lazy_capture: bool = False,
 ) -> EngineCore:
     """limits: requests and tokens of a step."""
     config, kind = checkpoint.config, checkpoint.device.type
@@ -64,7 +64,9 @@ def make_engine(
     kv_layers = architecture.kv_layers(config)
     cache = CacheConfig(64 if kind == "cuda" else 16, num_blocks, make_groups(kv_layers), caching, dtype)
     scheduler = SchedulerConfig(*limits, 1000, 512, True, checkpoint.deterministic)
-    device = DeviceConfig(kind, 1, enforce_eager, 0, deterministic=checkpoint.deterministic)
+    device = DeviceConfig(
+        kind, 1, enforce_eager, 0, deterministic=checkpoint.deterministic, lazy_capture=lazy_capture
+    )
     engine = EngineConfig(ModelConfig(dtype, 512), cache, scheduler, device, (), ())
     kv = KVCache(cache, kv_layers, checkpoint.device)
     return EngineCore(Scheduler(scheduler, cache), ModelRunner(architecture.load(checkpoint), kv, engine))
@@ -209,3 +211,27 @@ def test_deterministic_requests_do_not_depend_on_the_cache(layout: str | None) -
     assert core.scheduler.stats().num_prefix_hits > 0
     assert run(small, PROMPTS * 4, 20, max_tokens=60) == alone * 4
     assert small.scheduler.stats().num_preemptions > 0
+
+
+def test_steps_captured_when_they_are_needed() -> None:
+    """Memory also runs out while two of them are captured: the same bits, and each size is there in the end."""
+    source = deterministic("LlamaForCausalLM", "gptq")
+    at_start = make_engine(source, "bfloat16", limits=(8, 600))
+    lazy = make_engine(source, "bfloat16", limits=(8, 600), lazy_capture=True)
+    graphs, model, failures = lazy.runner.graph, lazy.runner.model, [True, True]
+    assert [*graphs._captured] == [8] and [*at_start.runner.graph._captured] == [8, 4, 2, 1]
+    logits = model.logits
+
+    def flaky(hidden: Tensor) -> Tensor:
+        found = logits(hidden)
+        if failures and hidden.shape[0] > 1 and torch.cuda.is_current_stream_capturing():
+            failures.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return found
+
+    model.logits = flaky
+    for first_id, prompts in ((0, PROMPTS[:2]), (10, PROMPTS), (20, PROMPTS[:1]), (30, PROMPTS[1:5]), (40, PROMPTS)):
+        stream = torch.cuda.current_stream()
+        assert run(lazy, prompts, first_id, max_tokens=24) == run(at_start, prompts, first_id, max_tokens=24)
+        assert torch.cuda.current_stream() == stream
+    assert not failures and sorted(graphs._captured) == [1, 2, 4, 8]
