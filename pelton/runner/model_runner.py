@@ -139,14 +139,17 @@ class ModelRunner:
         buffers = self.graph.buffers if is_captured else self.buffers
         previous = self._claim_tokens(plan.chunks, states)
         num_tokens, starts = buffers.fill(plan.chunks, states)
+        token_ids = None
         if is_captured:
-            _, logits = self.graph.run(num_tokens, num_tokens, previous)
+            draws = self.sampler.draws(states, self.graph.logits)
+            _, logits = self.graph.run(num_tokens, num_tokens, previous, draws)
+            token_ids = self.graph.token_ids[:num_tokens] if draws is not None else None
         else:
             _, logits = self._forward(plan.chunks, starts, len(sampled), previous)
         if not sampled:
             return _Started(plan.step_id, [], [], lambda: [])
         chunks, states = [plan.chunks[i] for i in sampled], [states[i] for i in sampled]
-        token_ids, wait = self.sampler.start(states, logits)
+        token_ids, wait = self.sampler.start(states, logits, token_ids)
         self._newest = token_ids, {chunk.request_id: i for i, chunk in enumerate(chunks)}
         return _Started(plan.step_id, chunks, states, wait)
 

@@ -18,6 +18,7 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from pelton.engine.core import EngineCore
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import EngineRequest, StepPlan, Update
 from pelton.ops.native import native, reason
+from pelton.ops.sampling import Draws, SampleRow, uniform
 from pelton.runner.graph import Graphs
 from pelton.runner.model_runner import ModelRunner
 from pelton.runner.requests import RequestState
@@ -73,18 +75,49 @@ class FlakySampler(Sampler):
 
     fails: Callable[[], bool]
     failed: set[int]
+    num_captured = 0
 
     def __call__(self, states: Sequence[RequestState], logits: Tensor) -> list[Sample | str]:
-        samples = super().__call__(states, logits)
+        return self._spoil(states, super().__call__(states, logits))
+
+    def _spoil(self, states: Sequence[RequestState], samples: list[Sample | str]) -> list[Sample | str]:
         for i, state in enumerate(states):
             if self.fails():
                 self.failed.add(state.request.request_id)
                 samples[i] = "not finite"
         return samples
 
-    def start(self, states: Sequence[RequestState], logits: Tensor) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
-        samples = self(states, logits)
-        return torch.tensor([-1 if isinstance(sample, str) else sample[0] for sample in samples]), lambda: samples
+    def start(
+        self, states: Sequence[RequestState], logits: Tensor, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
+        if token_ids is None:
+            token_ids, samples = torch.empty(len(states), dtype=torch.int64), self(states, logits)
+        else:
+            self.num_captured += 1
+            samples = self._spoil(states, [(token_id, None) for token_id in token_ids.tolist()])
+        token_ids.copy_(torch.tensor([-1 if isinstance(sample, str) else sample[0] for sample in samples]))
+        return token_ids, lambda: samples
+
+
+def draws_of(rows: Sequence[SampleRow], logits: Tensor) -> Draws | None:
+    """`ops.cuda.sampling.draws_of`, where there is nothing but temperature."""
+    if any(row.is_changed or row.num_top >= 0 for row in rows):
+        return None
+    drawn = [(i, row) for i, row in enumerate(rows) if row.temperature]
+    factors = [(1 / row.temperature, uniform(row.seed, len(row.token_ids) - row.num_prompt)) for _, row in drawn]
+    return (
+        np.array([(i, -1, 0) for i, _ in drawn], dtype=np.int64).reshape(-1, 3),
+        np.array([(scale, -np.inf, 1.0, chance) for scale, chance in factors]).reshape(-1, 4),
+    )
+
+
+def choose_(tokens: Tensor, logits: Tensor, wholes: Tensor, factors: Tensor) -> None:
+    """`ops.cuda.sampling.choose_`, of such rows."""
+    tokens.copy_(logits.argmax(dim=-1))
+    for row, (scale, _, _, chance) in zip(wholes[:, 0].tolist(), factors.tolist(), strict=True):
+        if row >= 0:
+            cumulative = ((logits[row] - logits[row].max()) * scale).exp().double().cumsum(dim=0)
+            tokens[row] = torch.searchsorted(cumulative, chance * float(cumulative[-1]), right=True)
 
 
 def fill_in_(token_ids: Tensor, starts: Tensor, rows: Tensor, sampled: Tensor) -> None:
@@ -158,7 +191,8 @@ class World:
         self.core.step()  # the runner has been told who is gone
         assert not self.core.runner.requests.states
         stats = self.core.scheduler.stats()
-        self.counts.update(preempted=stats.num_preemptions, hits=stats.num_prefix_hits)
+        captured = self.core.runner.sampler.num_captured
+        self.counts.update(captured=captured, preempted=stats.num_preemptions, hits=stats.num_prefix_hits)
         for request, updates in zip(requests, told, strict=True):
             self.counts[end := updates[-1].finish_reason] += 1
             assert [update.finish_reason for update in updates[:-1]] == [None] * (len(updates) - 1)
@@ -225,7 +259,7 @@ class World:
 
     def _on_capture(self, size: int) -> None:
         """Of a size that is captured by the step that needs it."""
-        self.counts["captured"] += 1
+        self.counts["captured late"] += 1
         if size > 1 and self.rng.random() < 0.3:
             self.counts["capture failed"] += 1
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -252,6 +286,8 @@ def test_what_is_begun_ahead_changes_nothing(
     make_core: Callable[..., EngineCore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pelton.ops.cuda.rows", SimpleNamespace(fill_in_=fill_in_))
+    sampling = SimpleNamespace(draws_of=draws_of, choose_=choose_, Pending=None, start_sample=None)
+    monkeypatch.setitem(sys.modules, "pelton.ops.cuda.sampling", sampling)
     monkeypatch.setitem(sys.modules, "pelton.quant.gpu", SimpleNamespace(noting_order=nullcontext))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr("pelton.engine.scheduler.CALM_STEPS", 3)  # steps are soon large enough to fail again
@@ -263,6 +299,6 @@ def test_what_is_begun_ahead_changes_nothing(
             counts += World(seed, make_core).run()
         except Exception as error:
             raise AssertionError(f"the failing seed is {seed}: {error}") from error
-    for event in ("begun", "begun with a prompt", "captured", "capture failed", "out of memory", "kernel failed",
-                  "preempted", "hits", "abort", "error", "stop", "length"):
+    for event in ("begun", "begun with a prompt", "captured", "captured late", "capture failed",
+                  "out of memory", "kernel failed", "preempted", "hits", "abort", "error", "stop", "length"):
         assert counts[event] > 0, f"the worlds no longer lead to {event}"

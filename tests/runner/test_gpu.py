@@ -143,17 +143,54 @@ def test_steps_begun_ahead_change_nothing() -> None:
     source = DummyCheckpoint(config_of("LlamaForCausalLM"), torch.float32, torch.device("cuda"))
     core, plain = make_engine(source, "float32"), make_engine(source, "float32")
     plain.runner.start = lambda plan: None  # type: ignore[method-assign]
-    results = []
-    for engine in (core, plain):
-        for i, prompt in enumerate(PROMPTS):
-            params = SamplingParams(temperature=0.8, top_p=0.9, seed=i, max_tokens=5 + 7 * i, ignore_eos=True)
-            engine.submit(EngineRequest(i, prompt, params))
-        tokens: dict[int, list[int]] = {i: [] for i in range(len(PROMPTS))}
-        while engine.has_work():
-            for update in engine.step():
-                tokens[update.request_id] += update.token_ids
-        results.append(tokens)
+    results = [draw(engine, [{"temperature": 0.8, "top_p": 0.9}]) for engine in (core, plain)]
     assert results[0] == results[1]
+
+
+def draw(core: EngineCore, kinds: list[dict[str, Any]], first_id: int = 0) -> list[list[int]]:
+    """The tokens of each prompt, which end at different times, sampled by what `kinds` say in turn."""
+    for i, prompt in enumerate(PROMPTS):
+        params = SamplingParams(seed=i, max_tokens=5 + 7 * i, ignore_eos=True, **kinds[i % len(kinds)])
+        core.submit(EngineRequest(first_id + i, prompt, params))
+    tokens: list[list[int]] = [[] for _ in PROMPTS]
+    while core.has_work():
+        for update in core.step():
+            assert update.error is None, update.error
+            tokens[update.request_id - first_id] += update.token_ids
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("kinds", "is_captured"),
+    [
+        ([{"temperature": 0.0}], {True}),
+        ([{"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9}, {"temperature": 2.0, "top_k": 20},
+          {"temperature": 0.0}, {"temperature": 1.5, "min_p": 0.01, "top_k": 90, "top_p": 0.95}], {True}),
+        ([{"temperature": 0.0}, {"temperature": 1.0, "logprobs": 1}, {"temperature": 1.0}, {"temperature": 1.0},
+          {"temperature": 1.0, "top_k": 5}], {False, True}),  # until the second one has ended
+        ([{"temperature": 1.0, "logit_bias": {3: 2.0}}], {False}),
+    ],
+    ids=("greedy", "drawn", "mixed", "changed"),
+)  # fmt: skip
+def test_sampling_in_captured_steps(kinds: list[dict[str, Any]], is_captured: set[bool]) -> None:
+    """The tokens are those of steps that are sampled after their graphs, and of eager ones."""
+    source = deterministic("LlamaForCausalLM", None)
+    captured, after = (make_engine(source, "bfloat16", limits=(8, 600)) for _ in range(2))
+    eager = make_engine(source, "bfloat16", enforce_eager=True, limits=(8, 600))
+    found: set[bool] = set()
+    draws = captured.runner.sampler.draws
+
+    def spy(*args: Any) -> Any:
+        told = draws(*args)
+        found.add(told is not None)
+        return told
+
+    captured.runner.sampler.draws, after.runner.sampler.draws = spy, lambda *args: None
+    for first_id in (0, 10):
+        tokens = draw(captured, kinds, first_id)
+        assert tokens == draw(after, kinds, first_id) == draw(eager, kinds, first_id)
+        assert [len(row) for row in tokens] == [5, 12, 19, 26, 33]
+    assert found == is_captured
 
 
 def test_long_prompts_are_computed_at_once_or_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
