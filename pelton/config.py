@@ -58,6 +58,7 @@ class EngineArgs:
     tensor_parallel_size: int = 1  # ranks that share the model, each on a device of its own
     trust_remote_code: bool = False  # accepted; no code of a checkpoint is ever run
     enforce_eager: bool = False  # compute each step op by op instead of replaying it
+    lazy_capture: bool = False  # on a GPU: capture each size of step when it is first needed, instead of at start
     seed: int = 0
     generation_config: str = "auto"  # "auto": the checkpoint's sampling defaults; "vllm": none; or a directory
     chat_template: str | None = None
@@ -283,6 +284,7 @@ class DeviceConfig:
     cpus: tuple[int, ...] = ()  # the processors the threads are bound to; empty: not bound
     activations: str = "fp32"  # of products with quantised weights on a CPU: "int8", "bf16" or "fp32"
     deterministic: bool = False  # on a GPU, kernels that give a row the same bits in any company
+    lazy_capture: bool = False  # of CUDA graphs
 
 
 @dataclass(frozen=True)
@@ -409,7 +411,7 @@ def _device_config(args: EngineArgs, device: DeviceFacts, env: Environment) -> D
         activations = "fp32" if DTYPE_NAMES[args.dtype] == "float32" else "int8"
     return DeviceConfig(
         device.kind, num_threads, args.enforce_eager, args.seed, tuple(bound[:num_threads]), activations,
-        _is_deterministic(args, device),
+        _is_deterministic(args, device), args.lazy_capture,
     )
 
 

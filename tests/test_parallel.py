@@ -201,17 +201,17 @@ two_gpus = pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs")
 
 @pytest.mark.gpu
 @two_gpus
-@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("mode", [{}, {"lazy_capture": True}, {"enforce_eager": True}], ids=str)
 @pytest.mark.parametrize(
     ("architecture", "layout"),
     [("LlamaForCausalLM", None), ("Qwen2ForCausalLM", "gptq"), ("Gemma3ForCausalLM", "gguf")],
 )
 def test_two_gpus_give_the_text_of_one(
-    model: Any, architecture: str, layout: str | None, enforce_eager: bool
+    model: Any, architecture: str, layout: str | None, mode: dict[str, bool]
 ) -> None:
-    """In float32, steps captured, begun ahead and eager."""
+    """In float32, steps captured, at start or when they are needed, begun ahead and eager."""
     path = model(architecture)
-    options = {"device": "cuda", "quantization": layout, "enforce_eager": enforce_eager, "gpu_memory_utilization": 0.3}
+    options = {"device": "cuda", "quantization": layout, "gpu_memory_utilization": 0.3, **mode}
     found = token_ids(load(path, 2, **options))
     assert found == token_ids(load(path, 1, **options))
 

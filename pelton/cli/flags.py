@@ -30,6 +30,7 @@ ENGINE_FLAGS = {
     "tensor_parallel_size": "devices of this machine that share the model",
     "trust_remote_code": "accepted; no code of a checkpoint is ever run in this version",
     "enforce_eager": "compute each step op by op instead of replaying it as captured",
+    "lazy_capture": "on a GPU: capture each size of step when it is first needed, instead of all at start",
     "seed": "seed for requests that bring none",
     "generation_config": "auto: the checkpoint's sampling defaults; vllm: none; or a folder",
     "chat_template": "a file with a chat template (Jinja), or the template itself",

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pelton.ops import op
@@ -27,6 +28,10 @@ FIRST_TOP = 1024  # candidates sorted first for top_p; nearly always they hold i
 
 Scores = tuple[list[int], list[float], list[int]]
 """Token ids, the logarithms of their probabilities, their ranks (1 = most likely)."""
+
+Draws = tuple[NDArray[np.int64], NDArray[np.float64]]
+"""What kernels are told of G rows that draw: each one's number, its slot among adjusted logits (-1: they are as they
+came) and top_k, [G, 3]; 1 / temperature, log(min_p), top_p and the uniform number, [G, 4]."""
 
 
 @dataclass(kw_only=True, eq=False, slots=True)
@@ -50,10 +55,15 @@ class SampleRow:
     native: Any = None  # what a kernel made of this record when it saw it first
 
     @property
+    def is_changed(self) -> bool:
+        """Whether logits are adjusted in every step."""
+        changes = self.allowed_ids or self.bias or self.frequency_penalty or self.presence_penalty
+        return self.repetition_penalty != 1.0 or bool(changes)
+
+    @property
     def is_plain(self) -> bool:
         """Whether the largest of the logits, as they are, decides."""
-        changes = self.allowed_ids or self.bias or self.frequency_penalty or self.presence_penalty
-        return self.temperature == 0.0 and self.repetition_penalty == 1.0 and not changes
+        return self.temperature == 0.0 and not self.is_changed
 
 
 @dataclass(kw_only=True, eq=False, slots=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pelton.engine.step import Chunk
 from pelton.layers.batch import Batch, GroupSlots
+from pelton.ops.sampling import Draws
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.requests import RequestState
 
@@ -24,6 +25,8 @@ class Inputs:
     """The inputs of a step, all in one piece of memory; what is needed of few requests comes first."""
 
     memory: Tensor  # int64
+    draw_wholes: Tensor  # [R, 3]: see `ops.sampling.Draws`; without a row, which is -1: no draw
+    draw_factors: Tensor  # [R, 4] float64
     token_ids: Tensor  # [T]
     positions: Tensor  # [T]
     query_starts: Tensor  # [R + 1]
@@ -35,15 +38,19 @@ class Inputs:
     @classmethod
     def make(cls, max_tokens: int, max_requests: int, max_blocks: int, num_groups: int, device: torch.device) -> Inputs:
         """Zeros; on the host in memory that a GPU reads (for `device` "cuda": there)."""
-        sizes = [max_tokens, max_tokens, max_requests + 1, *[max_requests] * 3, *[max_tokens] * num_groups]
+        draws = [3 * max_requests, 4 * max_requests]
+        sizes = [*draws, max_tokens, max_tokens, max_requests + 1, *[max_requests] * 3, *[max_tokens] * num_groups]
         num_tables = max_requests * num_groups * max_blocks
         is_pinned = device.type == "cpu" and torch.cuda.is_available()
         memory = torch.zeros(sum(sizes) + num_tables, dtype=torch.int64, device=device, pin_memory=is_pinned)
-        *parts, tables = torch.split(memory, [*sizes, num_tables])
+        wholes, factors, *parts, tables = torch.split(memory, [*sizes, num_tables])
+        wholes, factors = wholes.fill_(-1).view(-1, 3), factors.view(torch.float64).view(-1, 4)
         tables = tables.view(max_requests, num_groups, max_blocks)
         groups = [GroupSlots(slots, tables[:, i]) for i, slots in enumerate(parts[6:])]
-        token_ids, positions, query_starts, context_lens, sampled_rows, previous_rows = parts[:6]
-        return cls(memory, token_ids, positions, query_starts, context_lens, sampled_rows, previous_rows, groups)
+        token_ids, positions, query_starts, context_lens, sampled, previous = parts[:6]
+        return cls(
+            memory, wholes, factors, token_ids, positions, query_starts, context_lens, sampled, previous, groups
+        )
 
     def size(self, num_requests: int) -> int:
         """How much of the memory holds what is needed of so many requests."""
@@ -113,6 +120,15 @@ class BatchBuffers:
         """Let tokens begin .. end - 1, which no request owns, be written to the null block."""
         for group in self.host.groups:
             group.slots[begin:end] = 0
+
+    def fill_draws(self, draws: Draws | None, num_requests: int) -> None:
+        """Write what a captured step of so many requests samples by; None: nothing is drawn."""
+        wholes, factors = self.host.draw_wholes.numpy(), self.host.draw_factors.numpy()
+        num = 0
+        if draws is not None:
+            num = len(draws[0])
+            wholes[:num], factors[:num] = draws
+        wholes[num:num_requests] = -1
 
     def upload(self, num_requests: int, previous: Previous | None = None) -> None:
         """Bring what was filled to the cache's device, and there fill in what was sampled meanwhile."""

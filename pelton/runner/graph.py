@@ -3,7 +3,8 @@
 On a CPU a model's forward pass and its logits are recorded programs: recorded once, for as many rows as a step can
 have, and replayed for any number of them, as every buffer has its rows outermost. On a GPU they are CUDA graphs of
 steps in which every request has one token, for some numbers of requests; fewer requests are filled up with empty ones.
-Eager and captured steps run the same kernels on the same numbers.
+They end with the sampling that most requests ask for. Eager and captured steps run the same kernels on the same
+numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pelton.engine.step import Chunk
 from pelton.models import Model
 from pelton.ops.native import native
 from pelton.ops.recording import Recorder
+from pelton.ops.sampling import Draws
 from pelton.runner.batch import BatchBuffers, Previous
 from pelton.runner.kv_cache import KVCache
 
@@ -59,9 +61,11 @@ class Programs(Captured):
 
 
 class Graphs(Captured):
-    """On a GPU."""
+    """On a GPU. Where no request asks for more than temperature, min_p, top_k and top_p, a step also leaves its samples
+    (or codes in their place): `token_ids` [R] int64. Else they are to be sampled from `logits` [R, V]."""
 
-    def __init__(self, model: Model, kv: KVCache, max_requests: int, max_blocks: int) -> None:
+    def __init__(self, model: Model, kv: KVCache, max_requests: int, max_blocks: int, lazily: bool = False) -> None:
+        """lazily: all graphs but one are captured by the steps that need them first."""
         from pelton.quant.gpu import noting_order  # its kernels need Triton
 
         self.buffers = BatchBuffers(kv, max_requests, max_requests, max_blocks)
@@ -72,26 +76,44 @@ class Graphs(Captured):
         # All graphs leave their results here: nothing of their own memory is kept, so that they share it.
         with noting_order():
             hidden = model.forward(self.buffers.batch(max_requests, max_requests))
-            self._hidden, self._logits = hidden, model.logits(hidden)
-        self._captured = {size: self._capture(size) for size in reversed(self._sizes)}
+            self._hidden, self.logits = hidden, model.logits(hidden)
+        # What reads a step's samples is enqueued before the next replay: one place is enough where two are begun.
+        self.token_ids = torch.empty(max_requests, dtype=torch.int64, device=kv.device)
+        first = self._sizes[-1:] if lazily else self._sizes[::-1]  # in any case the largest: all fit into its memory
+        self._captured = {size: self._capture(size) for size in first}
 
     def takes(self, chunks: Sequence[Chunk]) -> bool:
         return all(chunk.num_tokens == 1 and chunk.sample for chunk in chunks)
 
-    def run(self, num_tokens: int, num_sampled: int, previous: Previous | None = None) -> tuple[Tensor, Tensor]:
+    def run(
+        self, num_tokens: int, num_sampled: int, previous: Previous | None = None, draws: Draws | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See Captured. draws: what `token_ids` are sampled by; without, they are of no use."""
         size = self._sizes[bisect_left(self._sizes, num_tokens)]
         self.buffers.clear_slots(num_tokens, size)
+        self.buffers.fill_draws(draws, size)
         self.buffers.upload(num_tokens, previous)
+        if size not in self._captured:
+            self._captured[size] = self._capture(size)
         self._captured[size].replay()
         self.num_replays += 1
-        return self._hidden[:num_tokens], self._logits[:num_sampled]
+        return self._hidden[:num_tokens], self.logits[:num_sampled]
 
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:
-        batch = self.buffers.batch(size, size)  # of no request: nothing but the null block is written
-        self._model.logits(self._model.forward(batch))  # compiles what is not compiled yet
+        """Also computes what the buffers hold: at start no request's tokens, else those that are computed again in
+        the replay, which changes nothing."""
+        self._compute(size)  # compiles what is not compiled yet
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            hidden = self._model.forward(batch)
-            self._hidden[:size].copy_(hidden)
-            self._logits[:size].copy_(self._model.logits(hidden))
+        # A capture that fails may leave its own stream as the current one; the outer context puts back what was.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
+            self._compute(size)
         return graph
+
+    def _compute(self, size: int) -> None:
+        from pelton.ops.cuda.sampling import choose_  # its kernels need Triton
+
+        hidden = self._model.forward(self.buffers.batch(size, size))
+        self._hidden[:size].copy_(hidden)
+        self.logits[:size].copy_(self._model.logits(hidden))
+        inputs = self.buffers.device
+        choose_(self.token_ids[:size], self.logits[:size], inputs.draw_wholes[:size], inputs.draw_factors[:size])

@@ -56,15 +56,15 @@ class ModelRunner:
         self._newest: tuple[Tensor, dict[int, int]]  # samples of the newest step, on the device, and their requests
         self.why_eager = ""  # a line for a person, where steps run eagerly but need not have
         if not config.device.enforce_eager:
-            self._capture()
+            self._capture(config.device.lazy_capture)
 
     @torch.inference_mode()
-    def _capture(self) -> None:
+    def _capture(self, lazily: bool) -> None:
         if self.device.type == "cuda":
             if not gpu.why_not():
                 most, max_blocks = self.buffers.max_requests, self.buffers.max_blocks
                 try:
-                    self.graph = Graphs(self.model, self.kv, most, max_blocks)
+                    self.graph = Graphs(self.model, self.kv, most, max_blocks, lazily)
                 except RuntimeError as error:
                     if is_out_of_memory(error):
                         raise
@@ -139,14 +139,17 @@ class ModelRunner:
         buffers = self.graph.buffers if is_captured else self.buffers
         previous = self._claim_tokens(plan.chunks, states)
         num_tokens, starts = buffers.fill(plan.chunks, states)
+        token_ids = None
         if is_captured:
-            _, logits = self.graph.run(num_tokens, num_tokens, previous)
+            draws = self.sampler.draws(states, self.graph.logits)
+            _, logits = self.graph.run(num_tokens, num_tokens, previous, draws)
+            token_ids = self.graph.token_ids[:num_tokens] if draws is not None else None
         else:
             _, logits = self._forward(plan.chunks, starts, len(sampled), previous)
         if not sampled:
             return _Started(plan.step_id, [], [], lambda: [])
         chunks, states = [plan.chunks[i] for i in sampled], [states[i] for i in sampled]
-        token_ids, wait = self.sampler.start(states, logits)
+        token_ids, wait = self.sampler.start(states, logits, token_ids)
         self._newest = token_ids, {chunk.request_id: i for i, chunk in enumerate(chunks)}
         return _Started(plan.step_id, chunks, states, wait)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pelton.ops.parallel import Ranks
+from pelton.ops.sampling import Draws
 from pelton.runner.requests import RequestState
 from pelton.runner.sampler import Sample, Sampler
 
@@ -35,10 +36,16 @@ class Leader:
         self._tell([NO_TOKEN if isinstance(sample, str) else sample[0] for sample in samples], logits.device)
         return samples
 
-    def start(self, states: Sequence[RequestState], logits: Tensor) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
+    def draws(self, states: Sequence[RequestState], logits: Tensor) -> Draws | None:
+        """See Sampler."""
+        return self._sampler.draws(states, logits)
+
+    def start(
+        self, states: Sequence[RequestState], logits: Tensor, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
         """See Sampler."""
         try:
-            token_ids, wait = self._sampler.start(states, logits)
+            token_ids, wait = self._sampler.start(states, logits, token_ids)
         except Exception:
             self._tell([FAILED] * len(states), logits.device)
             raise
@@ -58,7 +65,13 @@ class Follower:
         """What rank 0 sampled. Raises where that failed."""
         return _samples(self._hear(len(states), logits.device))
 
-    def start(self, states: Sequence[RequestState], logits: Tensor) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
+    def draws(self, states: Sequence[RequestState], logits: Tensor) -> Draws | None:
+        """None: rank 0 samples."""
+        return None
+
+    def start(
+        self, states: Sequence[RequestState], logits: Tensor, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
         """The same on a GPU, without waiting."""
         token_ids = self._hear(len(states), logits.device)
         on_host = torch.empty(len(states), dtype=torch.int64, pin_memory=True).copy_(token_ids, non_blocking=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor
 
 from pelton.engine.step import TokenLogprobs
-from pelton.ops.sampling import NO_TOKEN_LEFT, NOT_FINITE, Constraint, SampleRow, Scores, adjust, mix, sample
+from pelton.ops.sampling import NO_TOKEN_LEFT, NOT_FINITE, Constraint, Draws, SampleRow, Scores, adjust, mix, sample
 from pelton.runner.grammar import GrammarError, Grammars
 from pelton.runner.logprobs import NON_FINITE
 from pelton.runner.requests import RequestState
@@ -43,11 +43,24 @@ class Sampler:
         rows, constraints, faults = self._prepare(states, logits)
         return _samples(*sample(logits, rows, constraints), faults)
 
-    def start(self, states: Sequence[RequestState], logits: Tensor) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
-        """The same on a GPU, without waiting: the token ids there (or codes in their place), and a function that waits
-        for what is returned else."""
-        from pelton.ops.cuda.sampling import start_sample  # its kernels need Triton
+    def draws(self, states: Sequence[RequestState], logits: Tensor) -> Draws | None:
+        """What a captured step with logits [M, V] samples the requests by. None: one asks for more than it does."""
+        from pelton.ops.cuda.sampling import draws_of  # its kernels need Triton
 
+        if any(state.is_constrained for state in states):
+            return None
+        return draws_of([state.row or self._start(state, logits.shape[1]) for state in states], logits)
+
+    def start(
+        self, states: Sequence[RequestState], logits: Tensor, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
+        """The same on a GPU, without waiting: the token ids there (or codes in their place), and a function that waits
+        for what is returned else. token_ids: what a captured step has sampled by `draws`."""
+        from pelton.ops.cuda.sampling import Pending, start_sample
+
+        if token_ids is not None:
+            captured = Pending.of(token_ids, token_ids)
+            return token_ids, lambda: _samples(*captured.fetch(), {})
         rows, constraints, faults = self._prepare(states, logits)
         pending = start_sample(logits, rows, constraints)
         return pending.token_ids_on_device, lambda: _samples(*pending.fetch(), faults)

@@ -39,6 +39,7 @@ def test_nothing_typed_is_every_default() -> None:
         (["--no-enable-prefix-caching"], {"enable_prefix_caching": False}),
         (["--no_enable_prefix_caching"], {"enable_prefix_caching": False}),
         (["--enforce-eager", "--trust_remote_code"], {"enforce_eager": True, "trust_remote_code": True}),
+        (["--lazy-capture"], {"lazy_capture": True}),
         (["--served-model-name", "a", "b"], {"served_model_name": ["a", "b"]}),
         (["--gpu-memory-utilization", "0.5"], {"gpu_memory_utilization": 0.5}),
         (["-tp", "1", "--chat-template", "my_template.jinja"], {"chat_template": "my_template.jinja"}),

@@ -11,12 +11,14 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from pelton.engine.core import EngineCore
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import EngineRequest, StepPlan, Update
 from pelton.ops.native import native, reason
-from pelton.runner.batch import BatchBuffers, Previous
+from pelton.ops.sampling import Draws, SampleRow, uniform
 from pelton.runner.graph import Graphs
 from pelton.runner.model_runner import ModelRunner
 from pelton.runner.requests import RequestState
@@ -58,17 +60,14 @@ NEEDING: list[dict[str, Any]] = [{"frequency_penalty": 0.7}, {"prompt_logprobs":
 
 
 class Eager(Graphs):
-    """In place of CUDA graphs."""
+    """Computes what CUDA graphs would."""
 
-    def __init__(self, runner: ModelRunner) -> None:
-        self.model, self.num_replays = runner.model, 0
-        most, max_blocks = runner.buffers.max_requests, runner.buffers.max_blocks
-        self.buffers = BatchBuffers(runner.kv, most, most, max_blocks)
+    on_capture: Callable[[int], None] = staticmethod(lambda size: None)
 
-    def run(self, num_tokens: int, num_sampled: int, previous: Previous | None = None) -> tuple[Tensor, Tensor]:
-        self.buffers.upload(num_tokens, previous)
-        hidden = self.model.forward(self.buffers.batch(num_tokens, num_tokens))
-        return hidden, self.model.logits(hidden)[:num_sampled]
+    def _capture(self, size: int) -> Any:
+        self._compute(size)
+        self.on_capture(size)
+        return SimpleNamespace(replay=lambda: self._compute(size))
 
 
 class FlakySampler(Sampler):
@@ -76,18 +75,49 @@ class FlakySampler(Sampler):
 
     fails: Callable[[], bool]
     failed: set[int]
+    num_captured = 0
 
     def __call__(self, states: Sequence[RequestState], logits: Tensor) -> list[Sample | str]:
-        samples = super().__call__(states, logits)
+        return self._spoil(states, super().__call__(states, logits))
+
+    def _spoil(self, states: Sequence[RequestState], samples: list[Sample | str]) -> list[Sample | str]:
         for i, state in enumerate(states):
             if self.fails():
                 self.failed.add(state.request.request_id)
                 samples[i] = "not finite"
         return samples
 
-    def start(self, states: Sequence[RequestState], logits: Tensor) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
-        samples = self(states, logits)
-        return torch.tensor([-1 if isinstance(sample, str) else sample[0] for sample in samples]), lambda: samples
+    def start(
+        self, states: Sequence[RequestState], logits: Tensor, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
+        if token_ids is None:
+            token_ids, samples = torch.empty(len(states), dtype=torch.int64), self(states, logits)
+        else:
+            self.num_captured += 1
+            samples = self._spoil(states, [(token_id, None) for token_id in token_ids.tolist()])
+        token_ids.copy_(torch.tensor([-1 if isinstance(sample, str) else sample[0] for sample in samples]))
+        return token_ids, lambda: samples
+
+
+def draws_of(rows: Sequence[SampleRow], logits: Tensor) -> Draws | None:
+    """`ops.cuda.sampling.draws_of`, where there is nothing but temperature."""
+    if any(row.is_changed or row.num_top >= 0 for row in rows):
+        return None
+    drawn = [(i, row) for i, row in enumerate(rows) if row.temperature]
+    factors = [(1 / row.temperature, uniform(row.seed, len(row.token_ids) - row.num_prompt)) for _, row in drawn]
+    return (
+        np.array([(i, -1, 0) for i, _ in drawn], dtype=np.int64).reshape(-1, 3),
+        np.array([(scale, -np.inf, 1.0, chance) for scale, chance in factors]).reshape(-1, 4),
+    )
+
+
+def choose_(tokens: Tensor, logits: Tensor, wholes: Tensor, factors: Tensor) -> None:
+    """`ops.cuda.sampling.choose_`, of such rows."""
+    tokens.copy_(logits.argmax(dim=-1))
+    for row, (scale, _, _, chance) in zip(wholes[:, 0].tolist(), factors.tolist(), strict=True):
+        if row >= 0:
+            cumulative = ((logits[row] - logits[row].max()) * scale).exp().double().cumsum(dim=0)
+            tokens[row] = torch.searchsorted(cumulative, chance * float(cumulative[-1]), right=True)
 
 
 def fill_in_(token_ids: Tensor, starts: Tensor, rows: Tensor, sampled: Tensor) -> None:
@@ -161,7 +191,8 @@ class World:
         self.core.step()  # the runner has been told who is gone
         assert not self.core.runner.requests.states
         stats = self.core.scheduler.stats()
-        self.counts.update(preempted=stats.num_preemptions, hits=stats.num_prefix_hits)
+        captured = self.core.runner.sampler.num_captured
+        self.counts.update(captured=captured, preempted=stats.num_preemptions, hits=stats.num_prefix_hits)
         for request, updates in zip(requests, told, strict=True):
             self.counts[end := updates[-1].finish_reason] += 1
             assert [update.finish_reason for update in updates[:-1]] == [None] * (len(updates) - 1)
@@ -191,7 +222,9 @@ class World:
     def _begin_ahead(self, runner: ModelRunner) -> None:
         """Let steps be begun; let them fail, while they begin or later."""
         rng = self.rng
-        runner.graph = Eager(runner)
+        most, max_blocks = runner.buffers.max_requests, runner.buffers.max_blocks
+        runner.graph = Eager(runner.model, runner.kv, most, max_blocks, lazily=rng.random() < 0.5)
+        runner.graph.on_capture = self._on_capture
         runner.sampler = FlakySampler(0)
         share = rng.choice([0.0, 0.0, 0.01])
         runner.sampler.fails, runner.sampler.failed = lambda: rng.random() < share, self.failed
@@ -224,6 +257,13 @@ class World:
 
         runner._run, runner._start = flaky(runner._run), flaky(runner._start)  # type: ignore[method-assign]
 
+    def _on_capture(self, size: int) -> None:
+        """Of a size that is captured by the step that needs it."""
+        self.counts["captured late"] += 1
+        if size > 1 and self.rng.random() < 0.3:
+            self.counts["capture failed"] += 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
     def _play_alone(self, request: EngineRequest) -> list[Update]:
         self.alone.submit(request)
         updates = []
@@ -246,6 +286,10 @@ def test_what_is_begun_ahead_changes_nothing(
     make_core: Callable[..., EngineCore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pelton.ops.cuda.rows", SimpleNamespace(fill_in_=fill_in_))
+    sampling = SimpleNamespace(draws_of=draws_of, choose_=choose_, Pending=None, start_sample=None)
+    monkeypatch.setitem(sys.modules, "pelton.ops.cuda.sampling", sampling)
+    monkeypatch.setitem(sys.modules, "pelton.quant.gpu", SimpleNamespace(noting_order=nullcontext))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr("pelton.engine.scheduler.CALM_STEPS", 3)  # steps are soon large enough to fail again
     for module in ("core", "scheduler"):  # they report each injected failure
         monkeypatch.setattr(logging.getLogger(f"pelton.engine.{module}"), "disabled", True)
@@ -255,6 +299,6 @@ def test_what_is_begun_ahead_changes_nothing(
             counts += World(seed, make_core).run()
         except Exception as error:
             raise AssertionError(f"the failing seed is {seed}: {error}") from error
-    for event in ("begun", "begun with a prompt", "out of memory", "kernel failed", "preempted", "hits", "abort",
-                  "error", "stop", "length"):
+    for event in ("begun", "begun with a prompt", "captured", "captured late", "capture failed",
+                  "out of memory", "kernel failed", "preempted", "hits", "abort", "error", "stop", "length"):
         assert counts[event] > 0, f"the worlds no longer lead to {event}"

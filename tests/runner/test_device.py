@@ -188,7 +188,7 @@ def test_a_capture_that_fails(
     monkeypatch.setattr(gpu, "why_not", lambda: "")
     monkeypatch.setattr("pelton.runner.model_runner.Graphs", raising(error))
     with pytest.raises(kind, match=says):
-        runner._capture()
+        runner._capture(lazily=False)
 
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, seed=3)

@@ -58,7 +58,7 @@ def config_of(architecture: str, **changes: int) -> dict[str, Any]:
 
 def make_engine(
     checkpoint: DummyCheckpoint, dtype: str, enforce_eager: bool = False, limits: tuple[int, int] = (8, 128),
-    num_blocks: int = 200, caching: bool = False,
+    num_blocks: int = 200, caching: bool = False, lazy_capture: bool = False,
 ) -> EngineCore:
     """limits: requests and tokens of a step."""
     config, kind = checkpoint.config, checkpoint.device.type
@@ -66,7 +66,9 @@ def make_engine(
     kv_layers = architecture.kv_layers(config)
     cache = CacheConfig(64 if kind == "cuda" else 16, num_blocks, make_groups(kv_layers), caching, dtype)
     scheduler = SchedulerConfig(*limits, 1000, 512, True, checkpoint.deterministic)
-    device = DeviceConfig(kind, 1, enforce_eager, 0, deterministic=checkpoint.deterministic)
+    device = DeviceConfig(
+        kind, 1, enforce_eager, 0, deterministic=checkpoint.deterministic, lazy_capture=lazy_capture
+    )
     engine = EngineConfig(ModelConfig(dtype, 512), cache, scheduler, device, (), ())
     kv = KVCache(cache, kv_layers, checkpoint.device)
     return EngineCore(Scheduler(scheduler, cache), ModelRunner(architecture.load(checkpoint), kv, engine))
@@ -143,17 +145,54 @@ def test_steps_begun_ahead_change_nothing() -> None:
     source = DummyCheckpoint(config_of("LlamaForCausalLM"), torch.float32, torch.device("cuda"))
     core, plain = make_engine(source, "float32"), make_engine(source, "float32")
     plain.runner.start = lambda plan: None  # type: ignore[method-assign]
-    results = []
-    for engine in (core, plain):
-        for i, prompt in enumerate(PROMPTS):
-            params = SamplingParams(temperature=0.8, top_p=0.9, seed=i, max_tokens=5 + 7 * i, ignore_eos=True)
-            engine.submit(EngineRequest(i, prompt, params))
-        tokens: dict[int, list[int]] = {i: [] for i in range(len(PROMPTS))}
-        while engine.has_work():
-            for update in engine.step():
-                tokens[update.request_id] += update.token_ids
-        results.append(tokens)
+    results = [draw(engine, [{"temperature": 0.8, "top_p": 0.9}]) for engine in (core, plain)]
     assert results[0] == results[1]
+
+
+def draw(core: EngineCore, kinds: list[dict[str, Any]], first_id: int = 0) -> list[list[int]]:
+    """The tokens of each prompt, which end at different times, sampled by what `kinds` say in turn."""
+    for i, prompt in enumerate(PROMPTS):
+        params = SamplingParams(seed=i, max_tokens=5 + 7 * i, ignore_eos=True, **kinds[i % len(kinds)])
+        core.submit(EngineRequest(first_id + i, prompt, params))
+    tokens: list[list[int]] = [[] for _ in PROMPTS]
+    while core.has_work():
+        for update in core.step():
+            assert update.error is None, update.error
+            tokens[update.request_id - first_id] += update.token_ids
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("kinds", "is_captured"),
+    [
+        ([{"temperature": 0.0}], {True}),
+        ([{"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9}, {"temperature": 2.0, "top_k": 20},
+          {"temperature": 0.0}, {"temperature": 1.5, "min_p": 0.01, "top_k": 90, "top_p": 0.95}], {True}),
+        ([{"temperature": 0.0}, {"temperature": 1.0, "logprobs": 1}, {"temperature": 1.0}, {"temperature": 1.0},
+          {"temperature": 1.0, "top_k": 5}], {False, True}),  # until the second one has ended
+        ([{"temperature": 1.0, "logit_bias": {3: 2.0}}], {False}),
+    ],
+    ids=("greedy", "drawn", "mixed", "changed"),
+)  # fmt: skip
+def test_sampling_in_captured_steps(kinds: list[dict[str, Any]], is_captured: set[bool]) -> None:
+    """The tokens are those of steps that are sampled after their graphs, and of eager ones."""
+    source = deterministic("LlamaForCausalLM", None)
+    captured, after = (make_engine(source, "bfloat16", limits=(8, 600)) for _ in range(2))
+    eager = make_engine(source, "bfloat16", enforce_eager=True, limits=(8, 600))
+    found: set[bool] = set()
+    draws = captured.runner.sampler.draws
+
+    def spy(*args: Any) -> Any:
+        told = draws(*args)
+        found.add(told is not None)
+        return told
+
+    captured.runner.sampler.draws, after.runner.sampler.draws = spy, lambda *args: None
+    for first_id in (0, 10):
+        tokens = draw(captured, kinds, first_id)
+        assert tokens == draw(after, kinds, first_id) == draw(eager, kinds, first_id)
+        assert [len(row) for row in tokens] == [5, 12, 19, 26, 33]
+    assert found == is_captured
 
 
 def test_long_prompts_are_computed_at_once_or_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,3 +250,27 @@ def test_deterministic_requests_do_not_depend_on_the_cache(layout: str | None) -
     assert core.scheduler.stats().num_prefix_hits > 0
     assert run(small, PROMPTS * 4, 20, max_tokens=60) == alone * 4
     assert small.scheduler.stats().num_preemptions > 0
+
+
+def test_steps_captured_when_they_are_needed() -> None:
+    """Memory also runs out while two of them are captured: the same bits, and each size is there in the end."""
+    source = deterministic("LlamaForCausalLM", "gptq")
+    at_start = make_engine(source, "bfloat16", limits=(8, 600))
+    lazy = make_engine(source, "bfloat16", limits=(8, 600), lazy_capture=True)
+    graphs, model, failures = lazy.runner.graph, lazy.runner.model, [True, True]
+    assert [*graphs._captured] == [8] and [*at_start.runner.graph._captured] == [8, 4, 2, 1]
+    logits = model.logits
+
+    def flaky(hidden: Tensor) -> Tensor:
+        found = logits(hidden)
+        if failures and hidden.shape[0] > 1 and torch.cuda.is_current_stream_capturing():
+            failures.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return found
+
+    model.logits = flaky
+    for first_id, prompts in ((0, PROMPTS[:2]), (10, PROMPTS), (20, PROMPTS[:1]), (30, PROMPTS[1:5]), (40, PROMPTS)):
+        stream = torch.cuda.current_stream()
+        assert run(lazy, prompts, first_id, max_tokens=24) == run(at_start, prompts, first_id, max_tokens=24)
+        assert torch.cuda.current_stream() == stream
+    assert not failures and sorted(graphs._captured) == [1, 2, 4, 8]

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from pelton import ops
 from pelton.ops.cuda import sampling_kernels as kernels
 from pelton.ops.cuda.launch import on_gpu
-from pelton.ops.sampling import Constraint, SampleRow, Scores, _finalise, sample
+from pelton.ops.sampling import Constraint, Draws, SampleRow, Scores, _finalise, sample
 
 MAX_VOCAB: int = kernels.LAST_ID.value  # the keys and sums of the kernels have room for no more
 SCORED_AT_ONCE = 1 << 24  # logits whose scores are computed together: ten times as many bytes
@@ -91,7 +91,7 @@ def _record(row: SampleRow, logits: Tensor) -> Record:
     row.native = record = Record(
         is_plain=row.is_plain,
         is_drawn=is_drawn,
-        is_changed=needs_notes or len(row.bias) > 0,
+        is_changed=row.is_changed,
         stream=_finalise(row.seed & (1 << 64) - 1),
         top_k=row.top_k if 0 < row.top_k < vocab else 0,
         numbers=(
@@ -128,6 +128,16 @@ class Pending:
     results: Tensor  # int64 [M]; where scores are asked for int32, those after the tokens
     wanted: Wanted | None
     event: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, tokens: Tensor, results: Tensor, wanted: Wanted | None = None) -> Pending:
+        """Enqueue the transfer of the results, whose place on the device later work may use again."""
+        if results.device.type != "cuda":
+            return cls(tokens, results.clone(), wanted, None)
+        host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True).copy_(results, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(results.device))
+        return cls(tokens, host, wanted, event)
 
     def fetch(self) -> tuple[list[int], dict[int, Scores]]:
         """Wait for the results of `sample`."""
@@ -166,15 +176,26 @@ def _start(
     if num_rows:
         _choose(logits, tokens, plan, there)
     results = tokens if wanted is None else torch.cat((tokens.int(), wanted.start(logits, tokens, there)))
-    if device.type != "cuda":
-        return Pending(tokens, results, wanted, None)
-    host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True).copy_(results, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return Pending(tokens, host, wanted, event)
+    return Pending.of(tokens, results, wanted)
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def draws_of(rows: Sequence[SampleRow], logits: Tensor) -> Draws | None:
+    """What `choose_` is to be told of the rows of logits [M, V]. None if one asks for more than temperature, min_p,
+    top_k and top_p: that is not for `choose_`."""
+    if any(row.is_changed or row.num_top >= 0 for row in rows):
+        return None
+    records = [_record(row, logits) for row in rows]
+    drawn = [i for i, record in enumerate(records) if record.is_drawn]
+    return _draws(rows, records, drawn, np.full(len(rows), -1))
+
+
+def choose_(tokens: Tensor, logits: Tensor, wholes: Tensor, factors: Tensor) -> None:
+    """The tokens [M] of rows of logits [M, V], or codes, as `sample` chooses them: kernels alone, which read what
+    `draws_of` found at the beginning of wholes [M, 3] and factors [M, 4]. A row of -1 in wholes is no draw."""
+    _choose(logits, tokens, None, {"draw_wholes": wholes, "draw_factors": factors})
 
 
 @dataclass(eq=False)
@@ -213,21 +234,8 @@ class Plan:
             forced[i] = constraint.forced_id
         found: Arrays = {"slots": slots, "forced": forced}
         if self.drawn:
-            records = [self.records[i] for i in self.drawn]
-            top_k = [record.top_k for record in records]
-            found["draw_wholes"] = np.stack((self.drawn, slots[self.drawn], top_k), axis=1).astype(np.int64)
-            found["draw_factors"] = np.column_stack(([r.numbers for r in records], self._uniform()))
+            found["draw_wholes"], found["draw_factors"] = _draws(self.rows, self.records, self.drawn, slots)
         return found | self._changes(vocab) if self.changed else found
-
-    def _uniform(self) -> NDArray[np.float64]:
-        """`sampling.uniform` of each row that draws."""
-        seeds = np.array([self.records[i].stream for i in self.drawn], dtype=np.uint64)
-        counts = [len(self.rows[i].token_ids) - self.rows[i].num_prompt for i in self.drawn]
-        z = seeds + (np.array(counts, dtype=np.int64).astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        found: NDArray[np.float64] = ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) / float(1 << 53)
-        return found
 
     def _changes(self, vocab: int) -> Arrays:
         """What the logits of `changed` are adjusted by."""
@@ -261,6 +269,30 @@ class Plan:
         return found
 
 
+def _draws(
+    rows: Sequence[SampleRow], records: Sequence[Record], drawn: Sequence[int], slots: NDArray[np.int64]
+) -> Draws:
+    """What the kernels are told of the rows that draw; a row with a slot, from adjusted logits."""
+    records = [records[i] for i in drawn]
+    top_k = np.array([record.top_k for record in records], dtype=np.int64)
+    numbers = np.array([record.numbers for record in records], dtype=np.float64).reshape(-1, 3)
+    counts = [len(rows[i].token_ids) - rows[i].num_prompt for i in drawn]
+    return (
+        np.column_stack((np.array(drawn, dtype=np.int64), slots[drawn], top_k)),
+        np.column_stack((numbers, _uniform([record.stream for record in records], counts))),
+    )
+
+
+def _uniform(streams: Sequence[int], counts: Sequence[int]) -> NDArray[np.float64]:
+    """`sampling.uniform`, where seeds have been mixed once."""
+    seeds = np.array(streams, dtype=np.uint64)
+    z = seeds + (np.array(counts, dtype=np.int64).astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    found: NDArray[np.float64] = ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) / float(1 << 53)
+    return found
+
+
 def _best(x: Tensor, finite: bool) -> Best:
     """The largest of each piece of x [M, V], NaN where one is not finite (with `finite`)."""
     num_rows, num_pieces = x.shape[0], triton.cdiv(x.shape[1], PIECE)
@@ -284,8 +316,8 @@ def _choose(logits: Tensor, tokens: Tensor, plan: Plan | None, there: Mapping[st
         tokens, *raw, *best, there.get("slots"), there.get("forced"), num_pieces, PLAIN=plan is None,
         PIECES=triton.next_power_of_2(num_pieces), num_warps=1,
     )
-    if plan is not None and plan.drawn:
-        _draw(logits, raw, x, best, tokens, len(plan.drawn), there["draw_wholes"], there["draw_factors"])
+    if "draw_wholes" in there:
+        _draw(logits, raw, x, best, tokens, there["draw_wholes"], there["draw_factors"])
 
 
 def _adjust(logits: Tensor, plan: Plan, there: Mapping[str, Tensor]) -> Tensor:
@@ -313,10 +345,10 @@ def _adjust(logits: Tensor, plan: Plan, there: Mapping[str, Tensor]) -> Tensor:
 
 
 def _draw(
-    logits: Tensor, raw: Best, x: Tensor, best: Best, tokens: Tensor, num_draws: int, wholes: Tensor, factors: Tensor
+    logits: Tensor, raw: Best, x: Tensor, best: Best, tokens: Tensor, wholes: Tensor, factors: Tensor
 ) -> None:
     """The tokens of the rows that draw, from logits as they came, or from adjusted ones x [slots, V]."""
-    (num_pieces, vocab), device = (raw[0].shape[1], logits.shape[1]), logits.device
+    num_draws, num_pieces, vocab, device = wholes.shape[0], raw[0].shape[1], logits.shape[1], logits.device
     weights = torch.empty(num_draws, num_pieces, dtype=torch.int64, device=device)
     cut_weights = torch.empty(num_draws, num_pieces, CUTS, dtype=torch.int64, device=device)
     cut_counts = torch.empty(num_draws, num_pieces, CUTS, dtype=torch.int32, device=device)

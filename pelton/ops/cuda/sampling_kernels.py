@@ -166,6 +166,8 @@ def weigh_kernel(
     each cut: two [G, pieces, CUTS]."""
     draw, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, slot, top_k, scale, min_power, top_p, chance = _draw_of(draw, wholes_ptr, factors_ptr)
+    if row < 0:
+        return
     place, best = _row_of(
         row, slot, raw_ptr, raw_values_ptr, raw_ids_ptr, x_ptr, values_ptr, ids_ptr, vocab, stride, num_pieces, PIECES
     )
@@ -208,6 +210,8 @@ def list_kernel(
     and their sizes [G]: V where there is no such list."""
     draw, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, slot, top_k, scale, min_power, top_p, chance = _draw_of(draw, wholes_ptr, factors_ptr)
+    if row < 0:
+        return
     if (top_k > 0) | (top_p < 1.0):
         place, best = _row_of(
             row, slot, raw_ptr, raw_values_ptr, raw_ids_ptr, x_ptr, values_ptr, ids_ptr, vocab, stride, num_pieces,
@@ -344,6 +348,8 @@ def draw_kernel(
     """The token of one row that has any, where the largest logit is finite."""
     draw = tl.program_id(0).to(tl.int64)
     row, slot, top_k, scale, min_power, top_p, chance = _draw_of(draw, wholes_ptr, factors_ptr)
+    if row < 0:
+        return
     place, best = _row_of(
         row, slot, raw_ptr, raw_values_ptr, raw_ids_ptr, x_ptr, values_ptr, ids_ptr, vocab, stride, num_pieces, PIECES
     )

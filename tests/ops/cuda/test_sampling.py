@@ -191,6 +191,37 @@ def test_pending(device: torch.device) -> None:
     assert sampling.sample_on_gpu(logits[:0], [], {}) == ([], {})
 
 
+def test_captured(device: torch.device, choices: Choices) -> None:
+    """Through memory of fixed places, larger than needed and left over from other batches: the tokens of the batch."""
+    rows = [make_row(seed=seed, **fields) for seed, fields in enumerate(choices.values())]
+    most = len(rows) + 3
+    logits = torch.zeros(most, 4100 if device.type == "cuda" else 200, device=device)
+    tokens, wholes = (torch.full(shape, -1, device=device) for shape in ((most,), (most, 3)))
+    factors = torch.full((most, 4), math.nan, dtype=torch.float64, device=device)
+    few, greedy = rows[2:5], [make_row(), make_row()]
+    for step, batch in enumerate((rows, few, greedy, few + greedy, rows[::-1])):
+        num = len(batch)
+        logits[:num] = random(num, logits.shape[1], seed=step).to(device)
+        draws = sampling.draws_of(batch, logits)
+        assert draws is not None
+        num_draws = len(draws[0])
+        assert num_draws == sum(row.temperature > 0 for row in batch)
+        wholes[:num_draws], factors[:num_draws] = (torch.from_numpy(x).to(device) for x in draws)
+        wholes[num_draws:] = -1
+        sampling.choose_(tokens, logits, wholes, factors)
+        assert tokens[:num].tolist() == sampling.sample_on_gpu(logits[:num], batch, {})[0]
+        assert sampling.Pending.of(tokens[:num], tokens[:num]).fetch() == (tokens[:num].tolist(), {})
+
+
+@pytest.mark.parametrize(
+    "more", [{"bias": {1: 2.0}}, {"allowed_ids": [3]}, {"num_top": 0}, {"repetition_penalty": 1.1},
+             {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}], ids=str,
+)  # fmt: skip
+def test_what_is_not_captured(device: torch.device, more: dict[str, Any]) -> None:
+    logits = random(2, 9).to(device)
+    assert sampling.draws_of([make_row(), make_row(temperature=1.0, **more)], logits) is None
+
+
 # --- notes on tokens ------------------------------------------------------------------------------------------------
 
 
