@@ -123,6 +123,7 @@ __device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const Stage& 
     const u16* own_x = own_columns(stage, lane);
     Piece w[MT];
     float own[MT][NT][4], x_sums[NT][4];
+    const float zeros[4] = {};
     (void)own, (void)x_sums, (void)per_group;
 #pragma unroll
     for (int s = 0; s < STEPS; s += 2) {
@@ -142,7 +143,7 @@ __device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const Stage& 
 #pragma unroll
             for (int n = 0; n < NT; ++n)
                 if (begins)
-                    mma(x_sums[n], ones, x[n][e], make_float2(0.0f, 0.0f));
+                    mma(x_sums[n], ones, x[n][e], zeros);
                 else
                     mma(x_sums[n], ones, x[n][e]);
 #endif
@@ -157,7 +158,7 @@ __device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], const Stage& 
                     if (NUMBERS)
                         mma(sums[i][n], pairs, x[n][e]);
                     else if (begins)
-                        mma(own[i][n], pairs, x[n][e], make_float2(0.0f, 0.0f));
+                        mma(own[i][n], pairs, x[n][e], zeros);
                     else
                         mma(own[i][n], pairs, x[n][e]);
 #if !NUMBERS
@@ -212,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) more_rows(const
     Stage* stages = (Stage*)memory;
     alignas(16) __shared__ u32 table[TABLE_SIZE];
 #if LOOKUP
-    fill_table(table, a);
+    fill_table<32 * WARPS>(table, a.values);
 #endif
     Place places[MT];
 #pragma unroll
