@@ -1,146 +1,170 @@
-// out[m, n] = sum over k of x[m, k] w[n, k], for M <= 8 NT rows of x: bound by reading w once.
+// out[m, n] = sum over k of x[m, k] w[n, k], for M <= ROWS rows of x: bound by reading w once.
 //
 // A warp multiplies 16 MT rows of w with all rows of x by mma.m16n8k16 (w is its A, x its B), 64 columns at a time. The
 // warps of a block take columns in turn; what they summed is added up in a fixed order. Which columns an mma multiplies is
 // free, so a lane takes those whose bytes lie together.
 //
+// An mma has eight columns for rows of x. Where there are one or two, PARTS columns belong to each row: PARTS groups of
+// columns of x lie side by side, and of what a group of w gives with all of them one is taken. So a lane scales the sums
+// of two groups, not of all.
+//
 // K is a multiple of 64, and rows of x begin at multiples of 16 bytes. Defined when compiled, beside what tiles.cuh names:
-// NT, MT, WARPS, AHEAD; NORM: rows of x are normalised, x / rms(x) * gain, by each block for itself.
+// ROWS (1, 2, or a multiple of 8), MT, WARPS, AHEAD.
 #define COPIES 32
 #include "tiles.cuh"
 
-// The columns of x for one piece, as mma wants them.
+constexpr int NT = (ROWS + 7) / 8, STEPS = 4 / GROUPS;  // mma of a group
+constexpr int PARTS = NUMBERS || ROWS >= 8 ? 1 : 8 / ROWS <= AHEAD * GROUPS ? 8 / ROWS : AHEAD * GROUPS;
+constexpr int BATCH = PARTS > GROUPS ? PARTS / GROUPS : 1;  // pieces: the fewest that have PARTS groups,
+constexpr int SETS = GROUPS > PARTS ? GROUPS / PARTS : 1;   // or SETS of these
+static_assert(PARTS * SETS == BATCH * GROUPS && AHEAD % BATCH == 0 && (PARTS == 1 || SETS == 1));
+// Of a multiprocessor; 0: as the compiler likes, which for few warps aims at more and keeps registers in memory for them.
+constexpr int MIN_BLOCKS = WARPS == 4 && PARTS > 1 && GROUPS < 4 ? 4 : 0;
+// Where the sums of a lane are those of two parts these may be groups of two pieces.
+constexpr int OWN = PARTS > 1 && GROUPS == 1 ? 2 : 1;
+
+// The columns of x for one batch, as mma wants them: of each set, those of the part that the lane's column is.
 struct Columns {
-    u32 words[NT][4][2];
+    u32 words[SETS][NT][STEPS][2];
 };
 
-// Those from column 64 block on; zeros for rows that are not there. Rows of x lie `stride` apart.
-__device__ __forceinline__ void load(Columns& columns, const u16* x, int stride, int num_rows, int block, int lane) {
-    const int g = lane / 4, t = lane % 4;
+// Where those of a lane begin, of x from column 0 on; the last row again for rows that are not there. Rows lie `stride`
+// apart.
+__device__ __forceinline__ void find_columns(const u16* (&rows)[NT], const u16* x, int stride, int num_rows, int lane) {
+    const int part = lane / 4 % PARTS;
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-        const bool inside = 8 * n + g < num_rows;
-        const u16* row = x + u64(8 * n + g) * stride + 64 * block;
+    for (int n = 0; n < NT; ++n)
+        rows[n] = x + u64(min((8 * n + lane / 4) / PARTS, num_rows - 1)) * stride + 64 * WARPS * (part / GROUPS) +
+                  FOUR_COLUMNS(part % GROUPS * STEPS, lane % 4);
+}
+
+// Those of the pieces `block`, block + WARPS .. of num_blocks; zeros for pieces that are not there.
+__device__ __forceinline__ void load(Columns& columns, const u16* const (&rows)[NT], int block, int num_blocks, int lane) {
+    const bool inside = BATCH == 1 || block + lane / 4 % PARTS / GROUPS * WARPS < num_blocks;
+#pragma unroll
+    for (int set = 0; set < SETS; ++set)
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            const u16* from = rows[n] + 64 * block;
+            u32(&to)[STEPS][2] = columns.words[set][n];
 #if GROUP == 16
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            const uint2 v = inside ? *(const uint2*)(row + FOUR_COLUMNS(s, t)) : make_uint2(0, 0);
-            columns.words[n][s][0] = v.x, columns.words[n][s][1] = v.y;
-        }
+            const uint2 v = inside ? *(const uint2*)(from + FOUR_COLUMNS(set * PARTS, 0)) : make_uint2(0, 0);
+            to[0][0] = v.x, to[0][1] = v.y;
 #else
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {  // eight columns together, of two mma
-            const uint4 v = inside ? *(const uint4*)(row + FOUR_COLUMNS(2 * h, t)) : make_uint4(0, 0, 0, 0);
-            columns.words[n][2 * h][0] = v.x, columns.words[n][2 * h][1] = v.y;
-            columns.words[n][2 * h + 1][0] = v.z, columns.words[n][2 * h + 1][1] = v.w;
-        }
+            for (int s = 0; s < STEPS; s += 2) {  // eight columns together, of two mma
+                const u16* eight = from + FOUR_COLUMNS(set * PARTS * STEPS + s, 0);
+                const uint4 v = inside ? *(const uint4*)eight : make_uint4(0, 0, 0, 0);
+                to[s][0] = v.x, to[s][1] = v.y, to[s + 1][0] = v.z, to[s + 1][1] = v.w;
+            }
 #endif
+        }
+}
+
+// The scales of the groups that are a lane's parts.
+__device__ __forceinline__ void load(Scales (&scales)[OWN], const Place& place, int block, int num_blocks, int lane) {
+#pragma unroll
+    for (int e = 0; e < OWN; ++e) {
+        const int piece = (2 * (lane % 4) + e) % PARTS / GROUPS;
+        load(scales[e], place, BATCH == 1 ? block : min(block + piece * WARPS, num_blocks - 1));
     }
 }
 
-#if NORM
-// x times gain to shared memory [M, K], and the sums of x's squares of each warp: products are divided by rms(x) when
-// they are summed, so that nothing waits for it.
-__device__ __forceinline__ void bring_scaled(u16* to, float (&squares)[8 * NT][WARPS], const Args& a, int warp, int lane) {
-    constexpr int step = 8 * 32 * WARPS, together = 2;  // columns; loads that are under way
-    for (int m = 0; m < a.M; ++m) {
-        float square = 0.0f;
-        for (int begin = 8 * threadIdx.x; begin < a.K; begin += together * step) {
-            uint4 v[together];
-            float4 gain[together][2];
-#pragma unroll
-            for (int i = 0; i < together; ++i) {
-                const int k = begin + i * step;
-                if (k >= a.K) break;
-                v[i] = *(const uint4*)(a.x + u64(m) * a.x_stride + k);
-                for (int h = 0; h < 2; ++h) gain[i][h] = __ldg((const float4*)(a.gain + k) + h);
-            }
-#pragma unroll
-            for (int i = 0; i < together; ++i) {
-                const int k = begin + i * step;
-                if (k >= a.K) break;
-                u32 pairs[4];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const float4 g = gain[i][j / 2];
-                    const float low = to_float(u16(word(v[i], j))), high = to_float(u16(word(v[i], j) >> 16));
-                    square += low * low + high * high;
-                    pairs[j] = to_pair(low * (j % 2 ? g.z : g.x), high * (j % 2 ? g.w : g.y));
-                }
-                *(uint4*)(to + m * a.K + k) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-            }
-        }
-        for (int by = 16; by; by /= 2) square += __shfl_xor_sync(~0u, square, by);
-        if (lane == 0) squares[m][warp] = square;
-    }
-    __syncthreads();
-}
-// 1 / rms(x[m]).
-__device__ __forceinline__ float factor_of(const float (&squares)[8 * NT][WARPS], const Args& a, int m) {
-    float square = 0.0f;
-    for (int w = 0; w < WARPS; ++w) square += squares[m][w];
-    return rsqrtf(square / a.K + a.eps);
-}
-#endif
-
-__device__ __forceinline__ void multiply(Sum (&sums)[MT][NT][4], const Piece (&w)[MT], const Columns& columns,
-                                         const u32* table) {
-    const u32(&x)[NT][4][2] = columns.words;
 #if NUMBERS
+__device__ __forceinline__ void multiply(Sum (&sums)[MT][NT][4], const Codes (&w)[MT], const u32 (&x)[NT][STEPS][2]) {
 #pragma unroll
     for (int i = 0; i < MT; ++i)
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
+        for (int s = 0; s < STEPS; ++s) {
             u32 a[4];
-            operand(a, w[i], s, table);
+            operand(a, w[i], s, nullptr);
+#pragma unroll
             for (int n = 0; n < NT; ++n) mma(sums[i][n], a, x[n][s]);
         }
+}
 #else
-    constexpr int per_group = 4 / GROUPS;  // mma of a group
-#pragma unroll
-    for (int group = 0; group < GROUPS; ++group) {
-        // Products begin with what is too much in them, -OFFSET times the sum of x.
-        float begin[NT][4] = {};
+// Multiply PARTS groups of w with as many of x; done(piece) is called when a piece, but the last, is not needed any more.
+// Products begin with what is too much in them, -OFFSET times the sum of x.
+template <class Done>
+__device__ __forceinline__ void multiply(float (&products)[MT][NT][4], float (&begin)[NT][4], const Codes (&w)[BATCH][MT],
+                                         const u32 (&x)[NT][STEPS][2], int set, int num_pieces, const u32* table, int lane,
+                                         Done done) {
 #if NEEDS_SUM
-        const u32 factor = to_pair(OFFSET ? -float(OFFSET) : 1.0f, OFFSET ? -float(OFFSET) : 1.0f);
-        const u32 all[4] = {factor, factor, factor, factor};
+    const u32 factor = to_pair(OFFSET ? -float(OFFSET) : 1.0f, OFFSET ? -float(OFFSET) : 1.0f);
+    const u32 all[4] = {factor, factor, factor, factor};
 #pragma unroll
-        for (int n = 0; n < NT; ++n)
+    for (int n = 0; n < NT; ++n)
 #pragma unroll
-            for (int q = 0; q < per_group; ++q) mma(begin[n], all, x[n][group * per_group + q]);
+        for (int s = 0; s < STEPS; ++s) mma(begin[n], all, x[n][s]);
 #endif
 #pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+        const int piece = part / GROUPS, group = PARTS == 1 ? set : part % GROUPS;
+        if (piece && piece >= num_pieces) break;
+        const bool is_own = 2 * (lane % 4) % PARTS / 2 == part / 2;
+#pragma unroll
         for (int i = 0; i < MT; ++i) {
-            float own[NT][4];
+            float own[NT][4] = {};
+#pragma unroll
+            for (int s = 0; s < STEPS; ++s) {
+                u32 a[4];
+                operand(a, w[piece][i], group * STEPS + s, table);
+#pragma unroll
+                for (int n = 0; n < NT; ++n)
+                    if (OFFSET && s == 0)
+                        mma(own[n], a, x[n][s], begin[n]);
+                    else
+                        mma(own[n], a, x[n][s]);
+            }
 #pragma unroll
             for (int n = 0; n < NT; ++n)
 #pragma unroll
-                for (int c = 0; c < 4; ++c) own[n][c] = OFFSET ? begin[n][c] : 0.0f;
-#pragma unroll
-            for (int q = 0; q < per_group; ++q) {
-                const int s = group * per_group + q;
-                u32 a[4];
-                operand(a, w[i], s, table);
-                for (int n = 0; n < NT; ++n) mma(own[n], a, x[n][s]);
-            }
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float d = scale_of(w[i], r, group, 0);
-                const float m = MIN ? scale_of(w[i], r, group, MIN, OFFSET ? 1.0f / OFFSET : -1.0f) : 0.0f;
-#pragma unroll
-                for (int n = 0; n < NT; ++n)
-#pragma unroll
-                    for (int c = 2 * r; c < 2 * r + 2; ++c) {
-                        sums[i][n][c] += d * own[n][c];
-                        if (MIN) sums[i][n][c] += m * begin[n][c];
-                    }
-            }
+                for (int c = 0; c < 4; ++c)
+                    if (PARTS == 1 || (c % 2 == part % 2 && is_own)) products[i][n][c] = own[n][c];
         }
+        if (piece < BATCH - 1 && (part + 1) % GROUPS == 0) done(piece);
     }
-#endif
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_constant__ Args a) {
+// The scales of a lane's groups, where those of the first groups are.
+__device__ __forceinline__ Scales own_groups(Scales scales, int lane) {
+    if (PARTS == 1 || GROUPS < 4) return scales;
+    const bool second = lane % 2;  // the third and fourth group of a piece
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#if SCALE == 8
+        scales.scales[r * PER_GROUP] = MIN ? scales.scales[2 * r + second] : scales.scales[r] >> (second ? 16 : 0);
+#else
+#pragma unroll
+        for (int e = 0; e < 2 * PER_GROUP; ++e) {
+            const int at = r * GROUPS * PER_GROUP + e;
+            scales.scales[at] = scales.scales[at + (second ? 2 * PER_GROUP : 0)];
+        }
+#endif
+    return scales;
+}
+
+// Add products times their scales.
+__device__ __forceinline__ void add(Sum (&sums)[MT][NT][4], const float (&products)[MT][NT][4], const float (&begin)[NT][4],
+                                    const Scales (&scales)[MT][OWN], int set, int lane) {
+#pragma unroll
+    for (int i = 0; i < MT; ++i)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const int r = c / 2, part = c % 2, to = PARTS == 1 ? c : 2 * r, group = PARTS == 1 ? set : OWN == 1 ? part : 0;
+            const Scales own = own_groups(scales[i][OWN == 1 ? 0 : part], lane);
+            const float d = scale_of(own, r, group, 0);
+            const float m = MIN ? scale_of(own, r, group, MIN, OFFSET ? 1.0f / OFFSET : -1.0f) : 0.0f;
+#pragma unroll
+            for (int n = 0; n < NT; ++n) {
+                sums[i][n][to] += d * products[i][n][c];
+                if (MIN) sums[i][n][to] += m * begin[n][c];
+            }
+        }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) few_rows(const __grid_constant__ Args a) {
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so that the compiler knows it is one for all lanes
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int num_tiles = (a.N + 15) / 16, num_blocks = a.K / 64;
@@ -153,63 +177,80 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
 #endif
     Place places[MT];
 #pragma unroll
-    for (int i = 0; i < MT; ++i) places[i] = place_of(a, tile_of(i), lane);
-    Piece pieces[AHEAD][MT];  // on their way while one is multiplied
-    Columns columns_of[AHEAD];
-    const auto fetch = [&](int slot, int block) {
+    for (int i = 0; i < MT; ++i) {
+        places[i] = place_of(a, tile_of(i), lane);
+#if !NUMBERS
+        keep(places[i].codes), keep(places[i].scales);
+#endif
+    }
+    // On their way while a batch is multiplied.
+    constexpr int BATCHES = AHEAD / BATCH;
+    Codes codes[BATCHES][BATCH][MT];
+    Scales scales[BATCHES][MT][OWN];
+    Columns columns_of[BATCHES];
+    const auto fetch_codes = [&](int batch, int piece, int block) {
 #pragma unroll
-        for (int i = 0; i < MT; ++i) load(pieces[slot][i], places[i], block);
+        for (int i = 0; i < MT; ++i)
+            if (block < num_blocks) load(codes[batch][piece][i], places[i], block);
+    };
+    const auto fetch_scales = [&](int batch, int block) {
+#pragma unroll
+        for (int i = 0; i < MT; ++i)
+            if (block < num_blocks) load(scales[batch][i], places[i], block, num_blocks, lane);
     };
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i)
-        if (warp + i * WARPS < num_blocks) fetch(i, warp + i * WARPS);
+    for (int i = 0; i < AHEAD; ++i) {
+        fetch_codes(i / BATCH, i % BATCH, warp + i * WARPS);
+        if (i % BATCH == 0) fetch_scales(i / BATCH, warp + i * WARPS);
+    }
     alignas(16) __shared__ u32 table[TABLE_SIZE];
 #if LOOKUP
-    fill_table(table, a);
+    fill_table<32 * WARPS>(table, a.values);
     __syncthreads();
 #endif
-    extern __shared__ uint4 memory[];  // x times gain, then sums
-#if NORM
-    __shared__ float squares[8 * NT][WARPS];
-    u16* x = (u16*)memory;
-    const int x_stride = a.K;
-    Sum* shared = (Sum*)(x + a.M * a.K);
-#else
-    const u16* x = a.x;
-    const int x_stride = a.x_stride;
-    Sum* shared = (Sum*)memory;
-#endif
     wait_for_inputs();  // weights never change; x is there from here on
-#if NORM
-    bring_scaled(x, squares, a, warp, lane);
-#endif
+    const u16* own_x[NT];
+    find_columns(own_x, a.x, a.x_stride, a.M, lane);
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i)
-        if (warp + i * WARPS < num_blocks) load(columns_of[i], x, x_stride, a.M, warp + i * WARPS, lane);
+    for (int i = 0; i < BATCHES; ++i)
+        if (warp + i * BATCH * WARPS < num_blocks) load(columns_of[i], own_x, warp + i * BATCH * WARPS, num_blocks, lane);
 
     Sum sums[MT][NT][4] = {};
     for (int block = warp; block < num_blocks; block += AHEAD * WARPS) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            const int now = block + i * WARPS;
+        for (int i = 0; i < BATCHES; ++i) {
+            const int now = block + i * BATCH * WARPS, next = now + AHEAD * WARPS;
             if (now >= num_blocks) break;
-            multiply(sums, pieces[i], columns_of[i], table);
-            const int next = now + AHEAD * WARPS;
-            if (next < num_blocks) {
-                fetch(i, next);
-                load(columns_of[i], x, x_stride, a.M, next, lane);
+#pragma unroll
+            for (int set = 0; set < SETS; ++set) {
+#if NUMBERS
+                multiply(sums, codes[i][0], columns_of[i].words[0]);
+#else
+                float products[MT][NT][4] = {}, begin[NT][4] = {};
+                const int num_pieces = (num_blocks - now + WARPS - 1) / WARPS;
+                multiply(products, begin, codes[i], columns_of[i].words[set], set, num_pieces, table, lane,
+                         [&](int piece) { fetch_codes(i, piece, next + piece * WARPS); });
+                add(sums, products, begin, scales[i], set, lane);
+#endif
             }
+            fetch_codes(i, BATCH - 1, next + (BATCH - 1) * WARPS);
+            fetch_scales(i, next);
+            if (next < num_blocks) load(columns_of[i], own_x, next, num_blocks, lane);
         }
     }
 
     let_next_begin();  // not before: what waits would take the place of what reads
     prefetch_next(a);
-    // Sums of all warps: [warp][row][column of x].
-    constexpr int rows = 16 * MT, columns = 8 * NT, padded = columns + 1;
+    // Sums of all warps: [warp][row][row of x].
+    constexpr int rows = 16 * MT, columns = 8 * NT / PARTS, padded = columns | 1;
     for (int i = 0; i < MT; ++i)
         for (int n = 0; n < NT; ++n)
-            for (int c = 0; c < 4; ++c)
-                shared[(warp * rows + 16 * i + g + 8 * (c / 2)) * padded + 8 * n + 2 * t + c % 2] = sums[i][n][c];
+            for (int c = 0; c < 4; c += PARTS == 1 ? 1 : 2) {
+                Sum sum = sums[i][n][c];
+                for (int by = 1; by < PARTS / 2; by *= 2) sum += __shfl_xor_sync(~0u, sum, by);
+                if (2 * t % PARTS == 0 || PARTS == 1)
+                    shared[(warp * rows + 16 * i + g + 8 * (c / 2)) * padded + (8 * n + 2 * t + c % 2) / PARTS] = sum;
+            }
     __syncthreads();
 #if GATE
     for (int e = threadIdx.x; e < 16 * columns; e += 32 * WARPS) {
@@ -219,9 +260,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
             gate += shared[(w * rows + row) * padded + m];
             up += shared[(w * rows + 16 + row) * padded + m];
         }
-#if NORM
-        if (m < a.M) gate *= factor_of(squares, a, m), up *= factor_of(squares, a, m);
-#endif
         store_gated(a, m, n, gate, up);
     }
 #else
@@ -229,9 +267,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(const __grid_c
         const int row = e % rows, m = e / rows;
         Sum y = 0;
         for (int w = 0; w < WARPS; ++w) y += shared[(w * rows + row) * padded + m];
-#if NORM
-        if (m < a.M) y *= factor_of(squares, a, m);
-#endif
         store(a, m, 16 * first_tile + row, y);
     }
 #endif

@@ -44,10 +44,10 @@ class _Args(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Few:
-    """How few_rows.cu cuts the work: rows of x / 8, tiles of 16 weight rows of a block, its warps, and how many pieces
-    a warp asks for ahead."""
+    """How few_rows.cu cuts the work: the most rows of x (1, 2, or a multiple of 8), tiles of 16 weight rows of a block,
+    its warps, and how many pieces a warp asks for ahead."""
 
-    NT: int
+    ROWS: int
     MT: int
     WARPS: int
     AHEAD: int
@@ -57,8 +57,7 @@ class _Few:
     kernel = "few_rows"
 
     def shared_bytes(self, num_rows: int, num_in: int, piece_bytes: int) -> int:
-        sums = 4 * self.WARPS * 16 * self.MT * (8 * self.NT + 1)
-        return 2 * num_rows * num_in + sums if self.NORM else sums
+        return 4 * self.WARPS * 16 * self.MT * (max(8, self.ROWS) + 1)
 
     def blocks(self, num_out: int) -> int:
         """Blocks beside each other."""
@@ -211,18 +210,19 @@ def _cut(
 ) -> _Few:
     """Enough warps to keep the memory busy: measured on an H200. With `same`, as many for any number of rows: nothing
     else changes the order of a sum."""
-    nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
+    rows = num_rows if num_rows <= 2 and not (is_dense or same) else max(8, 1 << (num_rows - 1).bit_length())
     tiles = -(-num_out // ROWS)
     few, wide = tiles <= 2 * processors, tiles > 4 * processors
     if is_dense:
-        return _Few(nt, 2 if is_gated else 1, 8, 4 if few else 2)
-    if nt <= 2:
+        return _Few(rows, 2 if is_gated else 1, 8, 4 if few else 2)
+    if rows <= 16:
         mt, warps = (2, 16) if few else (2, 4) if wide else (1, 8)
     else:
-        mt, warps = (2, 8 if few else 4) if nt == 4 else (1, 8)
+        mt, warps = (2, 8 if few else 4) if rows == 32 else (1, 8)
+    mt = 2 if is_gated else mt
     if same:
-        return _Few(nt, 2 if is_gated else mt, 8, (4, 3, 3, 2)[nt.bit_length() - 1])
-    return _Few(nt, 2 if is_gated else mt, warps, 3 if nt <= 4 else 2)
+        return _Few(rows, mt, 8, 4 if rows == 8 else 3 if rows <= 32 else 2)
+    return _Few(rows, mt, warps, 4 if rows < 8 else 3 if rows <= 32 else 2)
 
 
 @cache

@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_ro
     Weights* weights = (Weights*)(own_memory + Inputs::bytes);  // [STAGES]
     alignas(16) __shared__ u32 table[TABLE_SIZE];
 #if LOOKUP
-    fill_table(table, a);
+    fill_table<32 * WARPS * TEAMS>(table, a.values);
     if (TEAMS > 1) __syncthreads();
 #endif
     Place places[MT];

@@ -63,6 +63,7 @@ __device__ __forceinline__ void multiply(Sums& sums, const u16* all_x, const u8 
     const u16* own_x = all_x + lane / 4 * STRIDE + FOUR_COLUMNS(0, lane % 4);
     Piece w[MT];
     float own[MT][NT][4], x_sums[NT][4];
+    const float zeros[4] = {};
     (void)own, (void)x_sums, (void)per_group;
 #pragma unroll
     for (int s = 0; s < STEPS; s += 2) {
@@ -82,7 +83,7 @@ __device__ __forceinline__ void multiply(Sums& sums, const u16* all_x, const u8 
 #pragma unroll
             for (int n = 0; n < NT; ++n)
                 if (begins)
-                    mma(x_sums[n], ones, x[n][e], make_float2(0.0f, 0.0f));
+                    mma(x_sums[n], ones, x[n][e], zeros);
                 else
                     mma(x_sums[n], ones, x[n][e]);
 #endif
@@ -97,7 +98,7 @@ __device__ __forceinline__ void multiply(Sums& sums, const u16* all_x, const u8 
                     if (NUMBERS)
                         mma(sums[i][n], pairs, x[n][e]);
                     else if (begins)
-                        mma(own[i][n], pairs, x[n][e], make_float2(0.0f, 0.0f));
+                        mma(own[i][n], pairs, x[n][e], zeros);
                     else
                         mma(own[i][n], pairs, x[n][e]);
 #if !NUMBERS

@@ -56,12 +56,13 @@ __device__ __forceinline__ void mma(Sum (&c)[4], const u32 (&a)[4], const u32 (&
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The same, of which the sums begin with `from`, of each column of x.
-__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], float2 from) {
+// The same, of which the sums begin with `from`.
+__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], const float (&from)[4]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPE "." MMA_TYPE ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"
-                 "{%10,%11,%10,%11};"
+                 "{%10,%11,%12,%13};"
                  : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(from.x), "f"(from.y));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(from[0]), "f"(from[1]),
+                   "f"(from[2]), "f"(from[3]));
 }
 
 __device__ __forceinline__ float half_to_float(u16 h) {
@@ -118,8 +119,8 @@ __device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x
 #define GROUPS (GROUP >= 64 ? 1 : 64 / GROUP)  // in 64 columns
 #define PER_GROUP (1 + MIN)                    // scale, or scale and minimum
 
-// What a lane needs of 16 rows x 64 columns.
-struct Piece {
+// What a lane needs of 16 rows x 64 columns: codes,
+struct Codes {
 #if NUMBERS
     uint4 numbers[2][2];  // [row g, row g + 8][columns 8 t .. , 32 + 8 t ..]
 #else
@@ -132,21 +133,33 @@ struct Piece {
 #if BITS == 3 || BITS == 5
     u32 one;
 #endif
+#endif
+};
+// and scales, [row g, row g + 8][groups][d (, m)].
+struct Scales {
+#if !NUMBERS
 #if SCALE == 16
     alignas(16) u16 scales[2 * GROUPS * PER_GROUP];
 #elif SCALE == 32
     alignas(16) float scales[2 * GROUPS * PER_GROUP];
 #else
-    alignas(16) u8 scales[2 * GROUPS * PER_GROUP];
+    alignas(16) u32 scales[GROUPS * PER_GROUP / 2];  // four of them each
     alignas(16) u16 supers[2 * PER_GROUP];
 #endif
 #endif
 };
+struct Piece : Codes, Scales {};
 
 // Bytes of a lane: of its codes' lower and higher bits, and of all that it needs.
 constexpr int LOW_BYTES = BITS == 8 ? 32 : BITS >= 4 ? 16 : 8, HIGH_BYTES = BITS == 6 ? 8 : BITS == 3 || BITS == 5 ? 4 : 0;
 constexpr int PIECE_BYTES = NUMBERS ? 64 : LOW_BYTES + HIGH_BYTES + 2 * GROUPS * PER_GROUP * (SCALE / 8) +
                                                (SCALE == 8 ? 4 * PER_GROUP : 0);
+
+// Have a pointer kept in registers: it would be computed anew wherever it is used.
+template <class T>
+__device__ __forceinline__ void keep(const T*& p) {
+    asm volatile("" : "+l"(p));
+}
 
 // Where what a lane needs of a tile begins.
 struct Place {
@@ -169,24 +182,24 @@ __device__ __forceinline__ Place place_of(const Args& a, int tile, int lane) {
     const u64 group = u64(tile) * (GROUP >= 64 ? (a.K + GROUP - 1) / GROUP : a.K / 64);
     place.codes = a.codes + first * LOW_BYTES;
     place.more = a.more + first * HIGH_BYTES;
-    place.scales = a.scales + (group * 8 + lane / 4) * sizeof(Piece::scales);
+    place.scales = a.scales + (group * 8 + lane / 4) * sizeof(Scales::scales);
 #if SCALE == 8
-    place.supers = a.supers + (u64(tile) * (a.K / 256) * 8 + lane / 4) * sizeof(Piece::supers);
+    place.supers = a.supers + (u64(tile) * (a.K / 256) * 8 + lane / 4) * sizeof(Scales::supers);
 #endif
 #endif
     return place;
 }
 
-// Name to take(part, address) each part of a piece and where it lies.
+// Name to take(part, address) each part of codes or scales and where it lies.
 template <class Take>
-__device__ __forceinline__ void each_part(Piece& p, const Place& place, u32 block, Take take) {
+__device__ __forceinline__ void each_part(Codes& p, const Place& place, u64 block, Take take) {
 #if NUMBERS
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) take(p.numbers[r][h], place.rows[r] + block * 128ull + 64 * h);
+        for (int h = 0; h < 2; ++h) take(p.numbers[r][h], place.rows[r] + block * 128 + 64 * h);
 #else
-    const u8 *low = place.codes + u64(block) * (32 * LOW_BYTES), *high = place.more + u64(block) * (32 * HIGH_BYTES);
+    const u8 *low = place.codes + block * (32 * LOW_BYTES), *high = place.more + block * (32 * HIGH_BYTES);
     (void)high;
 #if BITS >= 4
     take(p.codes, low);
@@ -197,11 +210,21 @@ __device__ __forceinline__ void each_part(Piece& p, const Place& place, u32 bloc
 #if BITS == 3 || BITS == 5
     take(p.one, high);
 #endif
-    take(p.scales, place.scales + u64(GROUP >= 64 ? 64 * block / GROUP : block) * (8 * sizeof(p.scales)));
+#endif
+}
+template <class Take>
+__device__ __forceinline__ void each_part(Scales& p, const Place& place, u64 block, Take take) {
+#if !NUMBERS
+    take(p.scales, place.scales + (GROUP > 64 ? 64 * u32(block) / GROUP : block) * (8 * sizeof(p.scales)));
 #if SCALE == 8
-    take(p.supers, place.supers + u64(block / 4) * (8 * sizeof(p.supers)));
+    take(p.supers, place.supers + u64(u32(block) / 4) * (8 * sizeof(p.supers)));
 #endif
 #endif
+}
+template <class Take>
+__device__ __forceinline__ void each_part(Piece& p, const Place& place, u64 block, Take take) {
+    each_part((Codes&)p, place, block, take);
+    each_part((Scales&)p, place, block, take);
 }
 
 template <int bytes>
@@ -214,13 +237,15 @@ __device__ __forceinline__ void copy(void* to, const u8* from) {
         for (int i = 0; i < bytes / 4; ++i) ((u32*)to)[i] = __ldg((const u32*)from + i);
 }
 
-__device__ __forceinline__ void load(Piece& p, const Place& place, int block) {
+// Load codes, scales or both.
+template <class Part>
+__device__ __forceinline__ void load(Part& p, const Place& place, int block) {
     each_part(p, place, block, [](auto& part, const u8* from) { copy<sizeof(part)>(&part, from); });
 }
 
 #if !NUMBERS
 // Pair j of mma s, of which OFFSET is to be taken: codes of row g (j even) or g + 8, columns 0, 1 (j < 2) or 2, 3 of the four.
-__device__ __forceinline__ u32 code_pair(const Piece& p, int s, int j) {
+__device__ __forceinline__ u32 code_pair(const Codes& p, int s, int j) {
     u32 u = 0;
 #if BITS == 8
     const u32 w = word(p.codes[s / 2], 2 * (s % 2) + j / 2);  // two pairs of bytes
@@ -258,16 +283,18 @@ __device__ __forceinline__ u32 code_pair(const Piece& p, int s, int j) {
 }
 
 // A scale (which = 0) or minimum, times a factor.
-__device__ __forceinline__ float scale_of(const Piece& p, int r, int group, int which, float factor = 1.0f) {
+__device__ __forceinline__ float scale_of(const Scales& p, int r, int group, int which, float factor = 1.0f) {
     const int i = (r * GROUPS + group) * PER_GROUP + which;
 #if SCALE == 16
     return factor * half_to_float(p.scales[i]);
 #elif SCALE == 32
     return factor * p.scales[i];
 #else
+    // A byte as a float without a conversion: 2^23 + u. A super times 2^23 is exact, times 2^23 + 128 it may not be.
     const float super = factor * half_to_float(p.supers[r * PER_GROUP + which]);
-    const u32 u = MIN ? p.scales[i] : p.scales[i] ^ 128;  // as a float without a conversion: 2^23 + u
-    return super * (__uint_as_float(0x4B000000u | u) - (MIN ? 8388608.0f : 8388736.0f));
+    const u32 bytes = MIN ? p.scales[i / 4] : p.scales[i / 4] ^ 0x80808080u;
+    const float u = __uint_as_float(__byte_perm(bytes, 0x4B000000u, 0x7440 + i % 4));
+    return MIN ? fmaf(super, u, super * -8388608.0f) : super * (u - 8388736.0f);
 #endif
 }
 #endif
@@ -276,10 +303,13 @@ __device__ __forceinline__ float scale_of(const Piece& p, int r, int group, int 
 // The pairs of values for each byte, a pair of codes. There are COPIES of each, so that lanes read different banks.
 constexpr int SHIFT = COPIES == 32 ? 7 : COPIES == 8 ? 5 : 2;  // 1 << SHIFT: bytes from one byte's pair to the next
 #define TABLE_SIZE (256 * COPIES)
-__device__ __forceinline__ void fill_table(u32* table, const Args& a) {
-    for (int e = threadIdx.x; e < TABLE_SIZE / 4; e += blockDim.x) {
-        const int byte = 4 * e / COPIES;
-        const u32 pair = to_pair(a.values[byte & 15], a.values[byte >> 4]);
+template <int threads>
+__device__ __forceinline__ void fill_table(u32* table, const float* values) {
+#pragma unroll
+    for (u32 first = 0; first < TABLE_SIZE / 4; first += threads) {
+        const u32 e = first + threadIdx.x, byte = 4 * e / COPIES;
+        if (TABLE_SIZE / 4 % threads && e >= TABLE_SIZE / 4) break;
+        const u32 pair = to_pair(__ldg(values + byte % 16), __ldg(values + byte / 16));
         ((uint4*)table)[e] = make_uint4(pair, pair, pair, pair);
     }
 }
@@ -288,7 +318,7 @@ __device__ __forceinline__ void fill_table(u32* table, const Args& a) {
 #endif
 
 // What mma s multiplies with: of codes, the numbers BASE + u.
-__device__ __forceinline__ void operand(u32 (&a)[4], const Piece& w, int s, const u32* table) {
+__device__ __forceinline__ void operand(u32 (&a)[4], const Codes& w, int s, const u32* table) {
 #if NUMBERS
     const uint4 &top = w.numbers[0][s / 2], &low = w.numbers[1][s / 2];
     const int at = 2 * (s % 2);
@@ -297,9 +327,8 @@ __device__ __forceinline__ void operand(u32 (&a)[4], const Piece& w, int s, cons
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
 #if LOOKUP
-        const u32 u = word(w.codes[0], s), at = 4 * COPIES;
-        const u32 byte = (8 * j >= SHIFT ? u >> (8 * j - SHIFT) : u << (SHIFT - 8 * j)) & (255 * at);
-        a[j] = *(const u32*)((const u8*)table + (byte | (threadIdx.x % COPIES * 4)));
+        const u32 u = word(w.codes[0], s), byte = 8 * j >= SHIFT ? u >> (8 * j - SHIFT) : u << (SHIFT - 8 * j);
+        a[j] = *(const u32*)((const u8*)table + and_or<255 << SHIFT>(byte, threadIdx.x % COPIES * 4));
 #else
         a[j] = code_pair(w, s, j);
 #endif
