@@ -72,7 +72,7 @@ class AttentionShape:
 
 
 class Attention:
-    """softmax(q k^T * scale) v of a normalised input, projected back to d_model."""
+    """softmax(q k^T * scale) v, projected back to d_model."""
 
     def __init__(
         self, ckpt: Checkpoint, shape: AttentionShape, layer_id: int,
@@ -90,13 +90,11 @@ class Attention:
             q_norm, k_norm = (load_head_norm(ckpt.at(name), s.head_size) for name in ("q_norm", "k_norm"))
             self.head_norms = q_norm.weight, k_norm.weight, q_norm.eps
 
-    def __call__(
-        self, x: Tensor, norm: RMSNorm, angles: Angles, batch: Batch, add_to: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, angles: Angles, batch: Batch, add_to: Tensor | None = None) -> Tensor:
         """[T, d_model] -> [T, d_model], with `add_to` added to that; writes the new tokens to the cache."""
         s = self.shape
         cache, group = batch.kv[self.layer_id]
-        qkv = self.qkv.after(norm, x)  # [T, (H + 2G) D]
+        qkv = self.qkv(x)  # [T, (H + 2G) D]
         q_norm, k_norm, eps = self.head_norms
         longest = max((end - begin for begin, end in batch.prompts), default=0)
         if batch.prompts and s.softcap is None and (s.window is None or longest <= s.window):

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pelton.layers.norm import RMSNorm
 from pelton.ops.parallel import Ranks
 from pelton.quant.layout import LinearWeight, fuse
 from pelton.weights.checkpoint import Checkpoint
@@ -56,8 +55,3 @@ class Linear:
             return self.weight.matmul(x, self.bias, add_to)
         is_first = self.summed.rank == 0  # the sum has the stream, too, once
         return self.summed.all_reduce_(self.weight.matmul(x, self.bias, add_to if is_first else None))
-
-    def after(self, norm: RMSNorm, x: Tensor) -> Tensor:
-        """norm(x) W^T + b: [T, K] -> [T, N]."""
-        y = None if self.summed else self.weight.fused(x, self.bias, (norm.weight, norm.eps))
-        return self(norm(x)) if y is None else y

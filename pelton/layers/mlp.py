@@ -9,7 +9,6 @@ from torch import Tensor
 from pelton import ops
 from pelton.errors import ModelFormatError
 from pelton.layers.linear import Linear
-from pelton.layers.norm import RMSNorm
 from pelton.weights.checkpoint import Checkpoint
 
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
@@ -19,7 +18,7 @@ ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 
 
 class GatedMLP:
-    """down(act(gate(x)) * up(x)) of a normalised x."""
+    """down(act(gate(x)) * up(x))."""
 
     def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
         self.gate_up = gate_up
@@ -35,13 +34,9 @@ class GatedMLP:
             activation,
         )
 
-    def __call__(self, x: Tensor, norm: RMSNorm, add_to: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         """[T, d_model] -> [T, d_model]; with `add_to` added to that, in place."""
-        weight, bias = self.gate_up.weight, self.gate_up.bias
-        hidden = weight.fused(x, bias, (norm.weight, norm.eps), self.gate)
-        if hidden is None:
-            x = norm(x)
-            hidden = weight.fused(x, bias, gate=self.gate)
+        hidden = self.gate_up.weight.gated(x, self.gate_up.bias, self.gate)
         return self.down(self.act_and_mul(self.gate_up(x)) if hidden is None else hidden, add_to)
 
 

@@ -95,8 +95,8 @@ class Block:
 
     def __call__(self, x: Tensor, angles: Angles, batch: Batch) -> Tensor:
         """The residual stream [T, d_model], changed in place."""
-        x = self.attn_post_norm.add_to(x, self.attn(x, self.attn_norm, angles, batch))
-        return self.mlp_post_norm.add_to(x, self.mlp(x, self.mlp_norm))
+        x = self.attn_post_norm.add_to(x, self.attn(self.attn_norm(x), angles, batch))
+        return self.mlp_post_norm.add_to(x, self.mlp(self.mlp_norm(x)))
 
 
 class Gemma2(Model):

@@ -92,8 +92,8 @@ class Block:
 
     def __call__(self, x: Tensor, angles: Angles, batch: Batch) -> Tensor:
         """The residual stream [T, d_model], changed in place."""
-        x = self.attn(x, self.attn_norm, angles, batch, add_to=x)
-        return self.mlp(x, self.mlp_norm, add_to=x)
+        x = self.attn(self.attn_norm(x), angles, batch, add_to=x)
+        return self.mlp(self.mlp_norm(x), add_to=x)
 
 
 class Llama(Model):

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -50,25 +50,16 @@ class Whole(OnGPU):
 
     operand: Tensor | Tiles  # what is multiplied with
     deterministic: bool
-    then: Sequence[Tensor | Tiles] = ()  # what is multiplied with after it in a step
+    then: Tensor | Tiles | None = None  # what is multiplied with after it in a step
 
-    def fused(
-        self, x: Tensor, bias: Tensor | None, norm: few_rows.Norm | None = None, gate: str = ""
-    ) -> Tensor | None:
-        if _noted() is not None or not self._is_for_few(x) or not self._fuses(x, norm, gate):
+    def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
+        some = x[:1] if self.deterministic else x  # any number of rows is multiplied, a few at a time
+        if _noted() is not None or not self._is_for_few(x) or not few_rows.accepts_gated(some, self.operand):
             return None
-        out = x.new_empty(x.shape[0], self.shape[0] // 2 if gate else self.shape[0])
-        if self.deterministic:
-            same_rows.multiply(x, self.operand, out, bias, gate=gate, then=self.then)
-        else:
-            few_rows.multiply(x, self.operand, out, bias, gate=gate, norm=norm, then=self.then)
+        out = x.new_empty(x.shape[0], self.shape[0] // 2)
+        multiply = same_rows.multiply if self.deterministic else few_rows.multiply
+        multiply(x, self.operand, out, bias, gate=gate, then=self.then)
         return out
-
-    def _fuses(self, x: Tensor, norm: few_rows.Norm | None, gate: str) -> bool:
-        if self.deterministic:  # always a gate, of any number of rows, some at a time; never a norm
-            return norm is None and few_rows.accepts_gated(x[:1], self.operand)
-        accepts = few_rows.accepts_gated if gate else few_rows.accepts
-        return accepts(x, self.operand) and (norm is None or few_rows.accepts_norm(x, self.operand))
 
     def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
         weight, noted = self.operand, _noted()
@@ -107,15 +98,15 @@ def _noted() -> list[Whole] | None:
 
 @contextmanager
 def noting_order() -> Iterator[None]:
-    """A step runs in this context: its weights note which is multiplied after which. (Nothing is fused in it.)"""
+    """A step runs in this context: its weights note which is multiplied after which. (A gate is not fused in it.)"""
     noted: list[Whole] = []
     _thread.noted = noted
     try:
         yield
     finally:
         _thread.noted = None
-    for i, weight in enumerate(noted):
-        weight.then = [noted[(i + 1 + n) % len(noted)].operand for n in range(few_rows.MAX_NEXT)]
+    for weight, then in pairwise([*noted, *noted[:1]]):
+        weight.then = then.operand
 
 
 class Numbers(Whole):
@@ -180,10 +171,8 @@ class Ordered(OnGPU):
     def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
         self.weight.write(x.index_select(1, self.order), out, bias, accumulate)
 
-    def fused(
-        self, x: Tensor, bias: Tensor | None, norm: few_rows.Norm | None = None, gate: str = ""
-    ) -> Tensor | None:
-        return None if norm is not None else self.weight.fused(x.index_select(1, self.order), bias, gate=gate)
+    def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
+        return self.weight.gated(x.index_select(1, self.order), bias, gate)
 
     def dequantize(self) -> Tensor:
         weight = self.weight.dequantize()

@@ -34,11 +34,9 @@ class LinearWeight(ABC):
         y = F.linear(x, self.dequantize().to(x.dtype), bias)
         return y if add_to is None else add_to.add_(y)
 
-    def fused(
-        self, x: Tensor, bias: Tensor | None, norm: tuple[Tensor, float] | None = None, gate: str = ""
-    ) -> Tensor | None:
-        """norm(x) W^T + bias, or for that = [a | b] gate(a) * b, where it is one step; else None. [T, K] -> [T, N], or
-        [T, N / 2]. norm: gain, float32 [K], and eps (ops.rms_norm); gate: "silu" or "gelu_tanh"."""
+    def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
+        """gate(a) * b for x W^T + bias = [a | b], where that is one step: [T, K] -> [T, N / 2]; else None.
+        gate: "silu" or "gelu_tanh"."""
         return None
 
     def logits(self, x: Tensor) -> Tensor:

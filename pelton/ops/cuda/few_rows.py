@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -18,15 +18,10 @@ MAX_ROWS = 64
 MAX_INT8_ROWS = 16
 TABLE_BYTES = 10 << 10  # of a block's shared memory: what is not counted, and more_rows.cu's table of values
 FEW_TABLE_BYTES = 32 << 10  # few_rows.cu's
-MAX_SUMS_BYTES = 20 << 10  # few_rows.cu's, of as many rows as are normalised
-MAX_NORMALISED_ROWS, MAX_NORMALISED = 4, 8192  # rows, and their length
 MAX_SHARING = 4  # blocks for each multiprocessor, of those that share columns with others; so many are counted
-PREFETCHED = 8 << 20  # bytes of the weights that come next, as many as memory gives in a pause
-MAX_NEXT = 2  # of these weights
+PREFETCHED = 4 << 20  # bytes of the next weight, as many as memory gives in a pause
 GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
 HALVES = (torch.bfloat16, torch.float16)
-Norm = tuple[Tensor, float]
-"""Gain, float32 [K], and eps of a norm (ops.rms_norm)."""
 
 
 class _Args(ctypes.Structure):
@@ -34,11 +29,9 @@ class _Args(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "out", "x", "codes", "more", "scales", "supers", "values", "bias", "partial", "arrived", "ids")),
-        ("next", ctypes.c_void_p * MAX_NEXT),
-        *((name, ctypes.c_int) for name in ("M", "N", "K", "out_stride", "x_stride", "accumulate")),
-        ("next_bytes", ctypes.c_int * MAX_NEXT),
-        ("factor", ctypes.c_float), ("x_scales", ctypes.c_void_p), ("gain", ctypes.c_void_p), ("eps", ctypes.c_float),
+            "out", "x", "codes", "more", "scales", "supers", "values", "bias", "partial", "arrived", "ids", "next")),
+        *((name, ctypes.c_int) for name in ("M", "N", "K", "out_stride", "x_stride", "accumulate", "next_bytes")),
+        ("factor", ctypes.c_float), ("x_scales", ctypes.c_void_p),
     ]
 
 
@@ -51,7 +44,6 @@ class _Few:
     MT: int
     WARPS: int
     AHEAD: int
-    NORM: int = 0
 
     TEAMS, SPLIT, WGMMA = 1, 1, 0  # a block has all columns
     kernel = "few_rows"
@@ -102,30 +94,19 @@ def accepts_gated(x: Tensor, weight: Tensor | Tiles) -> bool:
     return accepts(x, weight) and weight.shape[0] % (2 * ROWS) == 0
 
 
-def accepts_norm(x: Tensor, weight: Tensor | Tiles) -> bool:
-    """Whether `multiply` takes a norm too: each of its blocks has all rows in its shared memory, times the gain, which
-    could be too large for float16."""
-    num_rows, num_in = x.shape[0], weight.shape[1]
-    if num_rows > MAX_NORMALISED_ROWS or num_in > MAX_NORMALISED or x.dtype == torch.float16:
-        return False
-    other = MAX_SUMS_BYTES + (FEW_TABLE_BYTES if _has_values(weight) else 0)
-    return 2 * num_rows * num_in + other <= shared_memory(x.device)
-
-
 def multiply(
     x: Tensor, weight: Tensor | Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False,
-    gate: str = "", norm: Norm | None = None, then: Sequence[Tensor | Tiles] = (), same: bool = False,
+    gate: str = "", then: Tensor | Tiles | None = None, same: bool = False,
 ) -> None:
     """out = x W^T (+ bias), or added to out. x [M, K]; weight: W [N, K] in x's dtype, or tiles; out [M, N] in x's dtype
     or float32; bias in x's dtype. With a gate ("silu", "gelu_tanh") W is [gate | up]: out [M, N / 2] = gate(..) up.
-    With a norm rows of x are normalised first. `then`: the weights that are multiplied after this one; their first
-    bytes are brought into the cache meanwhile. With `same`, a row has the same bits whatever the number of rows."""
+    `then`: the weight that is multiplied after this one; its first bytes are brought into the cache meanwhile. With
+    `same`, a row has the same bits whatever the number of rows."""
     num_rows, (num_out, num_in) = x.shape[0], weight.shape
     given = num_rows, num_out, num_in, bool(gate)
     cut: _Few | _More
     if _is_few(num_rows, num_out, num_in, num_processors(x.device), same):
         cut = _cut(*given, isinstance(weight, Tensor), num_processors(x.device), same)
-        cut = cut if norm is None else replace(cut, NORM=1)
     else:
         limits = num_processors(x.device), shared_memory(x.device), same
         if is_hopper(x.device):
@@ -135,13 +116,9 @@ def multiply(
             cut = _cut_more(*given, _piece_bytes(weight), *limits)
     defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "GATE": GATES[gate]}
     args = _pointers(weight)
-    if norm is not None:
-        args.gain, args.eps = norm[0].data_ptr(), norm[1]
-    left = PREFETCHED
-    for i, following in enumerate(then[:MAX_NEXT]):
-        codes = following if isinstance(following, Tensor) else following.codes
-        args.next[i], args.next_bytes[i] = codes.data_ptr(), min(codes.nbytes, left)
-        left -= args.next_bytes[i]
+    if then is not None:
+        codes = then if isinstance(then, Tensor) else then.codes
+        args.next, args.next_bytes = codes.data_ptr(), min(codes.nbytes, PREFETCHED)
     _launch(x, weight, out, bias, accumulate, cut, defines, args)
 
 
@@ -177,8 +154,7 @@ def _launch(
     args.M, args.N, args.K = x.shape[0], num_out, num_in
     args.out_stride, args.x_stride, args.accumulate = out.stride(0), x.stride(0), int(accumulate)
     blocks = cut.blocks(num_out)  # with a gate too, where each has a tile of either half
-    for i in range(MAX_NEXT):
-        args.next_bytes[i] = args.next_bytes[i] // (blocks * cut.SPLIT) // 16 * 16
+    args.next_bytes = args.next_bytes // (blocks * cut.SPLIT) // 16 * 16
     shared_bytes = cut.shared_bytes(x.shape[0], num_in, _piece_bytes(weight))
     function = _function(cut.kernel, tuple(sorted(defines.items())), x.device)
     function.launch((blocks, cut.SPLIT), 32 * cut.WARPS * cut.TEAMS, args, x.device, shared_bytes)

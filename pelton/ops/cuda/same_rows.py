@@ -10,7 +10,6 @@ Of quantised weights few_rows multiplies up to 64 rows at a time, by one kernel 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,14 +80,14 @@ def choose_tile(num_rows: int, num_out: int, dtype: torch.dtype, device: torch.d
 
 def multiply(
     x: Tensor, weight: Tensor | Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False,
-    gate: str = "", then: Sequence[Tensor | Tiles] = (),
+    gate: str = "", then: Tensor | Tiles | None = None,
 ) -> None:
     """out = x W^T (+ bias), or added to out. x [M, K]; weight: W [N, K] in x's dtype, or tiles; out [M, N] in x's dtype
     or float32; bias in x's dtype. `gate`, of tiles only, and `then`: see few_rows.multiply."""
     (num_rows, num_in), num_out = x.shape, weight.shape[0]
     if isinstance(weight, Tiles):
         most = few_rows.MAX_ROWS
-        then = then if num_rows <= most else ()
+        then = then if num_rows <= most else None
         for begin in range(0, num_rows, most):
             rows = slice(begin, begin + most)
             few_rows.multiply(x[rows], weight, out[rows], bias, accumulate, gate, then=then, same=True)

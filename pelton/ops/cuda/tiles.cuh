@@ -25,13 +25,11 @@ struct Args {
     float* partial;       // [blocks beside each other][SPLIT][sums of a thread][threads], in more_rows.cu
     u32* arrived;         // [blocks beside each other] zeros, zeros again when done
     const long long* ids;  // [M] rows to open; or null: all
-    const u8* next[2];     // what is read after this, on its way when this is done
+    const u8* next;        // what is read after this, on its way when this is done
     int M, N, K, out_stride, x_stride, accumulate;
-    u32 next_bytes[2];     // for each block: multiples of 16
+    u32 next_bytes;        // for each block: a multiple of 16
     float factor;            // of opened weights
     const float* x_scales;  // [M], with INT8
-    const float* gain;      // [K], with NORM
-    float eps;
 };
 
 #if HALF
@@ -379,11 +377,9 @@ __device__ __forceinline__ void let_next_begin() {
 // Ask for this block's share of what is read next: kernels between two products leave the memory idle.
 __device__ __forceinline__ void prefetch_next(const Args& a) {
 #if __CUDA_ARCH__ >= 900
-    if (threadIdx.x == 0)
-        for (int i = 0; i < 2; ++i)
-            if (a.next_bytes[i]) {
-                const u8* begin = a.next[i] + u64(blockIdx.y * gridDim.x + blockIdx.x) * a.next_bytes[i];
-                asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(begin), "r"(a.next_bytes[i]) : "memory");
-            }
+    if (a.next_bytes && threadIdx.x == 0) {
+        const u8* begin = a.next + u64(blockIdx.y * gridDim.x + blockIdx.x) * a.next_bytes;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(begin), "r"(a.next_bytes) : "memory");
+    }
 #endif
 }

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
-import torch
 
 from pelton.ops.cuda import few_rows
-from pelton.quant.codes import Codes
-from pelton.quant.tiled import make_tiles
 
 GPUS = [(108, 163 << 10), (28, 99 << 10), (82, 99 << 10), (128, 99 << 10), (132, 227 << 10)]  # processors, bytes
 HOPPER = GPUS[-1]
@@ -52,21 +47,3 @@ def test_few_rows_fit(processors: int, memory: int) -> None:
                 cut = few_rows._cut(num_rows, num_out, num_in, gated, dense, processors, same)
                 needed = cut.shared_bytes(num_rows, num_in, 64) + (0 if dense else few_rows.FEW_TABLE_BYTES) + STATIC
                 assert needed <= memory, (num_out, num_in, cut)
-
-
-@pytest.mark.parametrize(("processors", "memory"), GPUS)
-@pytest.mark.parametrize("num_in", [1024, 4608, 5376, 8192])
-def test_rows_are_normalised_where_they_fit(
-    monkeypatch: pytest.MonkeyPatch, num_in: int, processors: int, memory: int
-) -> None:
-    monkeypatch.setattr(few_rows, "shared_memory", lambda device: memory)
-    codes, scales = torch.zeros(32, num_in, dtype=torch.uint8), torch.ones(32, num_in // 64)
-    for values in (None, tuple(map(float, range(16)))):
-        tiles = make_tiles(Codes(4, codes, scales, values=values))
-        for num_rows in (1, 2, 3, 4):
-            accepted = few_rows.accepts_norm(torch.empty(num_rows, num_in), tiles)
-            assert accepted or (values and memory < 128 << 10)
-            for num_out in (1024, 8192, 57344):
-                cut = replace(few_rows._cut(num_rows, num_out, num_in, True, False, processors), NORM=1)
-                table = few_rows.FEW_TABLE_BYTES if values else 0
-                assert not accepted or cut.shared_bytes(num_rows, num_in, 20) + table + STATIC <= memory

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pelton import ops
 from pelton.quant import CODED
 from pelton.quant.codes import Codes
 from pelton.quant.tiled import make_tiles
@@ -167,27 +166,3 @@ def test_every_float8_is_opened_exactly(half: torch.dtype) -> None:
     codes = codes[codes & 127 != 127].repeat(16, 32)[:, :4096]
     opened = few_rows.open_tiles(make_tiles(Codes(8, codes, torch.ones(16, 1, device="cuda"), float8=True)), half)
     assert torch.equal(opened.float(), codes.view(torch.float8_e4m3fn).float())
-
-
-@pytest.mark.parametrize("gate", ["", "silu"])
-@pytest.mark.parametrize("num_in", [1024, 3584])
-@pytest.mark.parametrize("bits", [4, 16])
-def test_norms(bits: int, num_in: int, gate: str) -> None:
-    torch.manual_seed(0)
-    half, gain = torch.bfloat16, torch.rand(num_in, device="cuda") + 0.5
-    if bits == 16:
-        weight = torch.randn(96, num_in, device="cuda").to(half) * num_in**-0.5
-        numbers = weight.double()
-    else:
-        parts = Codes(4, torch.randint(0, 16, (96, num_in), dtype=torch.uint8, device="cuda"),
-                      torch.rand(96, num_in // 128, device="cuda") * 0.01, zero=8)
-        weight, numbers = make_tiles(parts), parts.weights().double()
-    for num_rows in (1, 3, 4):
-        x = torch.randn(num_rows, num_in, device="cuda").to(half) * 3
-        assert few_rows.accepts_norm(x, weight)
-        normal = ops.rms_norm.reference(x, gain, 1e-5).double() @ numbers.T
-        left, right = normal.chunk(2, dim=1)
-        expected = torch.nn.functional.silu(left) * right if gate else normal
-        out = torch.empty(expected.shape, device="cuda", dtype=half)
-        few_rows.multiply(x, weight, out, gate=gate, norm=(gain, 1e-5))
-        close(out, expected, half)

@@ -96,7 +96,7 @@ def test_deterministic_weights_are_multiplied_so(device: torch.device) -> None:
     parts = [Dense(random(num_out, 1100, seed=num_out).to(device)) for num_out in (48, 30)]
     weight = gpu.pack(Stack(parts), F32, deterministic=True)
     x, bias = random(20, 1100, seed=1).to(device), random(78, seed=2).to(device)
-    assert weight.fused(x, None, gate="silu") is None
+    assert weight.gated(x, None, "silu") is None
     for num_rows in (1, 3):
         assert torch.equal(weight.matmul(x[:num_rows], bias), weight.matmul(x, bias)[:num_rows])
         assert torch.equal(weight.logits(x[:num_rows]), weight.logits(x)[:num_rows])
@@ -118,7 +118,7 @@ def test_weights_note_which_comes_after(device: torch.device) -> None:
         thread.start()
         thread.join()
         second.matmul(x)
-    assert first.then[0] is second.operand and second.then[0] is first.operand and not other.then
+    assert first.then is second.operand and second.then is first.operand and other.then is None
 
 
 @pytest.mark.gpu
