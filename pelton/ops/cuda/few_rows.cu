@@ -242,6 +242,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) few_rows(co
     let_next_begin();  // not before: what waits would take the place of what reads
     prefetch_next(a);
     // Sums of all warps: [warp][row][row of x].
+    extern __shared__ uint4 memory[];
+    Sum* shared = (Sum*)memory;
     constexpr int rows = 16 * MT, columns = 8 * NT / PARTS, padded = columns | 1;
     for (int i = 0; i < MT; ++i)
         for (int n = 0; n < NT; ++n)
