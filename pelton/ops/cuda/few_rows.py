@@ -184,13 +184,14 @@ def _is_few(num_rows: int, num_out: int, num_in: int, processors: int, same: boo
 def _cut(
     num_rows: int, num_out: int, num_in: int, is_gated: bool, is_dense: bool, processors: int, same: bool = False
 ) -> _Few:
-    """Enough warps to keep the memory busy: measured on an H100 and an H200. With `same`, as many for any number of rows: nothing
-    else changes the order of a sum."""
+    """Enough warps to keep the memory busy, as measured on an H100 and an H200. With `same`, as many for any number of
+    rows: nothing else changes the order of a sum."""
     rows = num_rows if num_rows <= 2 and not (is_dense or same) else max(8, 1 << (num_rows - 1).bit_length())
     tiles = -(-num_out // ROWS)
     few, wide = tiles <= 2 * processors, tiles > 4 * processors
     if is_dense:
-        return _Few(rows, 1 if wide and not is_gated else 2, 8, 4 if few or is_gated else 2)
+        mt = 2 if is_gated or (rows == 8 and not wide) else 1
+        return _Few(rows, mt, 8, 4 if few or is_gated else 2)
     if rows <= 16:
         mt, warps = (2, 16) if few else (2, 4) if wide else (1, 8)
     else:
