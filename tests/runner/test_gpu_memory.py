@@ -38,10 +38,8 @@ def make_core(folder: Path, kind: str, **options: Any) -> EngineCore:
         "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
         "torch_dtype": "float32",
     }))  # fmt: skip
-    args = EngineArgs(
-        str(folder), load_format="dummy", device=kind, dtype="float32", max_num_seqs=64, kv_cache_memory_bytes=1 << 26,
-        **options,
-    )  # fmt: skip
+    options = {"max_num_seqs": 64, "kv_cache_memory_bytes": 1 << 26} | options
+    args = EngineArgs(str(folder), load_format="dummy", device=kind, dtype="float32", **options)
     return build_engine(args).core
 
 
@@ -175,6 +173,21 @@ def test_a_step_that_is_too_large_for_the_gpu(tmp_path: Path, caplog: pytest.Log
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert found == expected
     assert "did not fit the memory" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_engines_share_a_gpu(tmp_path: Path) -> None:
+    """Each takes a share of what is free when it starts, and computes what it computes alone."""
+    prompts = [[(37 * i + k) % VOCAB_SIZE for k in range(20 + i)] for i in range(8)]
+    alone = run(make_core(tmp_path, "cuda"), prompts, FREE, count())
+    gc.collect()
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    cores = [make_core(tmp_path, "cuda", kv_cache_memory_bytes=None, gpu_memory_utilization=0.4) for _ in range(2)]
+    assert 0.3 * free < torch.cuda.mem_get_info()[0] < 0.45 * free  # 0.6 * 0.6 of it, and what torch keeps
+    for _ in range(2):
+        assert [run(core, prompts, FREE, count()) for core in cores] == [alone, alone]
 
 
 LOSE_THE_GPU = """
