@@ -286,7 +286,8 @@ def rope_and_attend_(
 ) -> Tensor:
     """`rope_and_store_`, then `paged_attention`. Returns [T, H, D].
 
-    Where there are as many tokens as requests, each request has one at most. Tokens of no request need not be stored,
+    Where there are as many tokens as requests, each request has one at most. No request sees the slot of another one's
+    new token: a kernel may write it before or after it computes that request. Tokens of no request need not be stored,
     and what is in qkv afterwards is not said.
     """
     rope_and_store_(qkv, cos, sin, cache, slots, q_norm, k_norm, eps)
