@@ -87,7 +87,7 @@ def multiply(
     (num_rows, num_in), num_out = x.shape, weight.shape[0]
     if isinstance(weight, Tiles):
         most = few_rows.MAX_ROWS
-        then = then if num_rows <= most else None
+        then, x = then if num_rows <= most else None, _aligned(x)
         for begin in range(0, num_rows, most):
             rows = slice(begin, begin + most)
             few_rows.multiply(x[rows], weight, out[rows], bias, accumulate, gate, then=then, same=True)
@@ -110,11 +110,17 @@ def multiply(
     )
 
 
-def _readable(x: Tensor, rows: int, columns: int) -> tuple[Any, int | None]:
-    """x [M, K] for `_load`, with its stride; a copy where rows do not begin at multiples of 16 bytes."""
+def _aligned(x: Tensor) -> Tensor:
+    """x [M, K], or a copy where rows do not begin at multiples of 16 bytes."""
     each = 16 // x.element_size()
     if x.stride(1) != 1 or x.stride(0) % each or x.data_ptr() % 16:
         x = F.pad(x, (0, -x.shape[1] % each)).contiguous()
+    return x
+
+
+def _readable(x: Tensor, rows: int, columns: int) -> tuple[Any, int | None]:
+    """x [M, K] for `_load`, with its stride."""
+    x = _aligned(x)
     if has_tma(x.device):
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns]), None
     return x, x.stride(0)

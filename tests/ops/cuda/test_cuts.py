@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from pelton.ops.cuda import few_rows
 
@@ -47,3 +48,10 @@ def test_few_rows_fit(processors: int, memory: int) -> None:
                 cut = few_rows._cut(num_rows, num_out, num_in, gated, dense, processors, same)
                 needed = cut.shared_bytes(num_rows, num_in, 64) + (0 if dense else few_rows.FEW_TABLE_BYTES) + STATIC
                 assert needed <= memory, (num_out, num_in, cut)
+
+
+def test_no_rows_are_no_launch() -> None:
+    weight = torch.zeros(32, 128, dtype=torch.bfloat16)
+    few_rows.multiply(weight[:0], weight, torch.empty(0, 32))
+    numbers = weight.to(torch.int8)
+    few_rows.multiply_int8(numbers[:0], torch.empty(0), numbers, torch.ones(32), torch.empty(0, 32))

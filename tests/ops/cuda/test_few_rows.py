@@ -15,11 +15,12 @@ from pelton.quant.tiled import make_tiles
 from pelton.weights.gguf import BLOCK_TYPES
 
 few_rows = pytest.importorskip("pelton.ops.cuda.few_rows")
+same_rows = pytest.importorskip("pelton.ops.cuda.same_rows")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 TYPES = {block.name: block for block in BLOCK_TYPES.values()}
 HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
           "Q6_K": (208,)}  # where a block holds an f16; elsewhere at 0
-NUM_OUT, NUM_IN = 72, 1024
+NUM_OUT, NUM_IN = 72, 2304  # columns: more than warps ask for ahead, and not as many for each
 
 
 def blocks(name: str) -> Codes:
@@ -52,18 +53,24 @@ def float8(group: int, num_in: int = NUM_IN) -> Codes:
     return Codes(8, numbers, integers(8, group, False, num_in).scales, float8=True)
 
 
+def nf4(num_in: int = NUM_IN) -> Codes:
+    parts = integers(4, 64, False, num_in)
+    return Codes(4, parts.codes, parts.scales, values=tuple((torch.linspace(-1, 1, 16) ** 3).tolist()))
+
+
 LAYOUTS = {
     **{name: lambda name=name: blocks(name) for name in CODED},
     "int4 group 128": lambda: integers(4, 128, False),
     "int4 group 64 with minima": lambda: integers(4, 64, True),
     "int4 group 32": lambda: integers(4, 32, False),
-    "int8 per channel": lambda: integers(8, 1024, False),
+    "int4 of 1216 columns with minima": lambda: integers(4, 64, True, num_in=1216),
+    "int8 per channel": lambda: integers(8, NUM_IN, False),
     "int8 of 192 columns": lambda: integers(8, 192, False, num_in=192),
-    "float8 per channel": lambda: float8(1024),
+    "float8 per channel": lambda: float8(NUM_IN),
     "float8 group 128": lambda: float8(128),
     "float8 of 192 columns": lambda: float8(64, num_in=192),
-    "nf4": lambda: Codes(4, integers(4, 64, False).codes, integers(4, 64, False).scales,
-                         values=tuple((torch.linspace(-1, 1, 16) ** 3).tolist())),
+    "nf4": nf4,
+    "nf4 of 1216 columns": lambda: nf4(1216),
 }
 
 
@@ -100,6 +107,34 @@ def test_codes(name: str, half: torch.dtype) -> None:
         again = torch.empty_like(out)
         few_rows.multiply(x, tiles, again, bias)
         assert torch.equal(out, again)
+
+
+@pytest.mark.usefixtures("_kernel")
+@pytest.mark.parametrize("_kernel", ["few", "more"], indirect=True)
+@pytest.mark.parametrize("processors", [1, 2])  # many tiles for each, or some; above there are few
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "int4 group 128", "int4 of 1216 columns with minima",
+                                  "nf4 of 1216 columns", "float8 group 128", "float8 of 192 columns"])
+def test_cuts_of_other_sizes(name: str, processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warps, teams and blocks share columns otherwise where there are more tiles for each processor."""
+    torch.manual_seed(0)
+    parts = LAYOUTS[name]()
+    tiles, weights = make_tiles(parts), parts.weights().double()
+    few_rows._scratch(weights.device)  # of a size for all processors
+    monkeypatch.setattr(few_rows, "num_processors", lambda device: processors)
+    for num_rows in (1, 2, 5, 12, 31, 64):
+        x = torch.randn(num_rows, tiles.shape[1], device="cuda").bfloat16()
+        out = torch.empty(num_rows, NUM_OUT, device="cuda")
+        few_rows.multiply(x, tiles, out)
+        close(out, x.double() @ weights.T, torch.bfloat16)
+
+
+def test_rows_may_begin_anywhere_where_bits_are_the_same() -> None:
+    tiles = make_tiles(integers(4, 64, True))
+    x = torch.randn(70, NUM_IN + 3, device="cuda").bfloat16()[:, 3:]
+    out, expected = (torch.empty(70, NUM_OUT, device="cuda") for _ in range(2))
+    same_rows.multiply(x, tiles, out)
+    same_rows.multiply(x.clone(memory_format=torch.contiguous_format), tiles, expected)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("num_out", [72, 4608, 20000])
