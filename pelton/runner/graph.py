@@ -66,19 +66,25 @@ class Graphs(Captured):
 
     def __init__(self, model: Model, kv: KVCache, max_requests: int, max_blocks: int, lazily: bool = False) -> None:
         """lazily: all graphs but one are captured by the steps that need them first."""
-        from pelton.quant.gpu import noting_order  # its kernels need Triton
+        from pelton.ops.cuda.launch import only_compiling  # its kernels need Triton
+        from pelton.quant.gpu import noting_order
 
         self.buffers = BatchBuffers(kv, max_requests, max_requests, max_blocks)
         self._model = model
         self._sizes = [size for size in SIZES if size < max_requests] + [max_requests]
         self._pool = torch.cuda.graph_pool_handle()
         self.num_replays = 0
-        # All graphs leave their results here: nothing of their own memory is kept, so that they share it.
-        with noting_order():
-            hidden = model.forward(self.buffers.batch(max_requests, max_requests))
-            self._hidden, self.logits = hidden, model.logits(hidden)
         # What reads a step's samples is enqueued before the next replay: one place is enough where two are begun.
         self.token_ids = torch.empty(max_requests, dtype=torch.int64, device=kv.device)
+        with only_compiling():
+            # All graphs leave their results here: nothing of their own memory is kept, so that they share it.
+            self._hidden = model.forward(self.buffers.batch(max_requests, max_requests))
+            self.logits = model.logits(self._hidden)
+            for size in self._sizes:
+                if size & (size - 1) == 0 or size == max_requests:  # kernels are made for powers of two
+                    self._compute(size)
+        with noting_order():
+            self._compute(max_requests)
         first = self._sizes[-1:] if lazily else self._sizes[::-1]  # in any case the largest: all fit into its memory
         self._captured = {size: self._capture(size) for size in first}
 
@@ -102,7 +108,7 @@ class Graphs(Captured):
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:
         """Also computes what the buffers hold: at start no request's tokens, else those that are computed again in
         the replay, which changes nothing."""
-        self._compute(size)  # compiles what is not compiled yet
+        self._compute(size)  # nothing is allocated or compiled for the first time in a capture
         graph = torch.cuda.CUDAGraph()
         # A capture that fails may leave its own stream as the current one; the outer context puts back what was.
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):

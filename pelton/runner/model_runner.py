@@ -28,6 +28,7 @@ from pelton.runner.requests import RequestState, RequestTable
 from pelton.runner.sampler import Sample, Sampler
 
 IN_A_STEP = "in a step", "lower --gpu-memory-utilization, which leaves more to steps, or --max-num-batched-tokens"
+PROMPT = 128  # tokens of a prompt that kernels are compiled for: more than products of few rows take
 LONG_PROMPT = 1024  # tokens on average, from which whole prompts are worth a call for each
 LOGITS_ROWS = 256  # rows of prompt logits made at once: 256 x 262,144 float32 are 268 MB
 
@@ -64,6 +65,7 @@ class ModelRunner:
             if not gpu.why_not():
                 most, max_blocks = self.buffers.max_requests, self.buffers.max_blocks
                 try:
+                    self._compile()
                     self.graph = Graphs(self.model, self.kv, most, max_blocks, lazily)
                 except RuntimeError as error:
                     if is_out_of_memory(error):
@@ -75,6 +77,16 @@ class ModelRunner:
                 self.graph = Programs(self.model, self.buffers)
             except NotRecordable as error:
                 self.why_eager = f"steps run eagerly: {error}"
+
+    def _compile(self) -> None:
+        """What steps with prompts launch is compiled now, not when the first request waits for it."""
+        from pelton.ops.cuda.launch import only_compiling  # its kernels need Triton
+
+        with only_compiling():
+            for num_requests in {1, self.buffers.max_requests}:
+                num_tokens = min(num_requests + PROMPT, self.buffers.max_tokens)
+                hidden = self.model.forward(self.buffers.batch(num_tokens, num_requests))
+                ops.select_rows(hidden, self.buffers.device.sampled_rows[:num_requests])
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the plan's chunks. Safe to repeat: it writes the same slots and the same tokens again.

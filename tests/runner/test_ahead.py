@@ -289,6 +289,7 @@ def test_what_is_begun_ahead_changes_nothing(
     sampling = SimpleNamespace(draws_of=draws_of, choose_=choose_, Pending=None, start_sample=None)
     monkeypatch.setitem(sys.modules, "pelton.ops.cuda.sampling", sampling)
     monkeypatch.setitem(sys.modules, "pelton.quant.gpu", SimpleNamespace(noting_order=nullcontext))
+    monkeypatch.setitem(sys.modules, "pelton.ops.cuda.launch", SimpleNamespace(only_compiling=nullcontext))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr("pelton.engine.scheduler.CALM_STEPS", 3)  # steps are soon large enough to fail again
     for module in ("core", "scheduler"):  # they report each injected failure

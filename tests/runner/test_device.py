@@ -186,6 +186,7 @@ def test_a_capture_that_fails(
     runner.device, runner.model, runner.kv = torch.device("cuda"), None, None
     runner.buffers = SimpleNamespace(max_requests=8, max_blocks=8)
     monkeypatch.setattr(gpu, "why_not", lambda: "")
+    monkeypatch.setattr(runner, "_compile", lambda: None)
     monkeypatch.setattr("pelton.runner.model_runner.Graphs", raising(error))
     with pytest.raises(kind, match=says):
         runner._capture(lazily=False)

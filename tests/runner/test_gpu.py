@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pelton import ops
 from pelton.config import CacheConfig, DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig, make_groups
 from pelton.engine.core import EngineCore
 from pelton.engine.scheduler import Scheduler
@@ -138,6 +139,31 @@ def test_captured_and_eager_steps_give_the_same_bits(layout: str) -> None:
     source = DummyCheckpoint(config_of("LlamaForCausalLM"), torch.bfloat16, torch.device("cuda"), layout=layout)
     captured, eager = (run(make_engine(source, "bfloat16", flag), PROMPTS, max_tokens=24) for flag in (False, True))
     assert captured == eager
+
+
+def test_no_request_waits_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled at start: for requests alone and together, and for prompts."""
+    core = make_engine(DummyCheckpoint(config_of("LlamaForCausalLM"), torch.bfloat16, torch.device("cuda")), "bfloat16")
+    from triton import knobs
+
+    compiled: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **given: compiled.append(given["repr"]))
+    run(core, PROMPTS[:1], max_tokens=8)
+    run(core, PROMPTS, max_tokens=8)
+    assert not [name for name in compiled if "_decode_kernel" in name or "_chunk_kernel" in name]
+
+
+def test_only_compiling_launches_nothing() -> None:
+    from pelton.ops.cuda import launch, rows  # they need Triton
+
+    x, gain = torch.randn(3, 1000, device="cuda"), torch.full((1000,), 2.0, device="cuda")
+    out = torch.zeros_like(x)
+    rows._norm_kernel.device_caches.clear()
+    with launch.only_compiling():
+        rows._normalise(out, x, gain, 0.0, add=False)
+    assert not out.any()
+    rows._normalise(out, x, gain, 0.0, add=False)
+    assert (out - ops.rms_norm.reference(x, gain, 0.0)).abs().max() < 1e-5
 
 
 def test_steps_begun_ahead_change_nothing() -> None:

@@ -195,7 +195,7 @@ def _cut(
         mt = 2 if is_gated or (rows == 8 and not wide) else 1
         return _Few(rows, mt, 8, 4 if few or is_gated else 2)
     if rows <= 16:
-        mt, warps = (2, 16) if few else (2, 4) if wide else (1, 8)
+        mt, warps = (1 if rows <= 2 else 2, 16) if few else (2, 4) if wide else (1, 8)
     else:
         mt, warps = (2, 8 if few else 4) if rows == 32 else (1, 8)
     mt = 2 if is_gated else mt
