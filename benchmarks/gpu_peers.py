@@ -45,15 +45,18 @@ class Run:
     parts: str
     options: Mapping[str, Any] = field(default_factory=dict)
     bits: float = 16.0  # of a number of its layers
+    num_gpus: int = 1
 
     def floor_ms(self, configs: Path, gb_per_s: float) -> float:
         """Reading its weights once."""
-        return weight_bytes(json.loads((configs / self.config / "config.json").read_text()), self.bits) / gb_per_s / 1e6
+        config = json.loads((configs / self.config / "config.json").read_text())
+        return weight_bytes(config, self.bits) / self.num_gpus / gb_per_s / 1e6
 
 
 RUNS = [
     Run("llama", "pelton", LLAMA, "abdc"),
     Run("llama vllm", "vllm", LLAMA, "abdc"),
+    Run("llama on two", "pelton", LLAMA, "a", {"tensor_parallel_size": 2}, num_gpus=2),
     Run("llama gptq", "pelton", LLAMA, "ad", {"quantization": "gptq"}, 4 + 16 / 128),
     Run("llama gptq vllm", "vllm", LLAMA_GPTQ, "ad", {"dtype": "float16"}, 4 + 16 / 128),
     Run("llama awq", "pelton", LLAMA, "a", {"quantization": "awq"}, 4 + 32 / 128),
@@ -98,7 +101,7 @@ BARS = [
     *(Bar(f"llama {layout}", "a", 2.0, "llama gptq vllm") for layout in ("gptq", "awq", "nf4", "q4_k")),
     Bar("llama", "d", 1.15, "llama vllm"), Bar("llama gptq", "d", 1.3, "llama gptq vllm"),
     Bar("llama", "b", 1.0, "llama vllm"), Bar("llama", "c", 1.1, "llama vllm"), Bar("gemma", "c", 1.1, "gemma vllm"),
-    Bar("llama", "start", 15.0),
+    Bar("llama on two", "a", 1.5, "llama"), Bar("llama", "start", 15.0),
 ]  # fmt: skip
 
 
@@ -115,7 +118,7 @@ def main() -> None:
     print(json.dumps(found), flush=True)
     figures: dict[str, Figures] = {}
     for run in RUNS:
-        if not any(word in run.name for word in words):
+        if not any(word in run.name for word in words) or run.num_gpus > torch.cuda.device_count():
             continue
         figures[run.name] = measure(run, args.configs / run.config, args.vllm)
         floor_ms = round(run.floor_ms(args.configs, found["read_gb_per_s"]), 2)
