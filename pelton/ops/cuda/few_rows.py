@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pelton.ops.cuda.launch import counters, num_processors, shared_memory
-from pelton.ops.cuda.program import HOPPER, Function, load
+from pelton.ops.cuda.launch import counters, has_wgmma, num_processors, shared_memory
+from pelton.ops.cuda.program import Function, load
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
 MAX_ROWS = 64
@@ -45,10 +45,10 @@ class _Few:
     WARPS: int
     AHEAD: int
 
-    TEAMS, SPLIT, WGMMA = 1, 1, 0  # a block has all columns
+    TEAMS, SPLIT = 1, 1  # a block has all columns
     kernel = "few_rows"
 
-    def shared_bytes(self, num_rows: int, num_in: int, piece_bytes: int) -> int:
+    def shared_bytes(self, piece_bytes: int) -> int:
         return 4 * self.WARPS * 16 * self.MT * (max(8, self.ROWS) + 1)
 
     def blocks(self, num_out: int) -> int:
@@ -72,7 +72,7 @@ class _More:
 
     kernel = "more_rows"
 
-    def shared_bytes(self, num_rows: int, num_in: int, piece_bytes: int) -> int:
+    def shared_bytes(self, piece_bytes: int) -> int:
         chunks, columns = (2, 128) if self.WGMMA else (self.STAGES, 128 + 32)  # of x
         weights = self.STAGES * self.WARPS * 2 * self.MT * 32 * piece_bytes
         return self.TEAMS * (weights + chunks * 2 * 8 * self.NT * columns)
@@ -107,13 +107,12 @@ def multiply(
     cut: _Few | _More
     if _is_few(num_rows, num_out, num_in, num_processors(x.device), same):
         cut = _cut(*given, isinstance(weight, Tensor), num_processors(x.device), same)
+    elif has_wgmma(x.device):
+        has_min = isinstance(weight, Tiles) and weight.has_min
+        limits = num_processors(x.device), shared_memory(x.device)
+        cut = _cut_hopper(*given, _piece_bytes(weight), has_min, *limits, same)
     else:
-        limits = num_processors(x.device), shared_memory(x.device), same
-        if is_hopper(x.device):
-            has_min = isinstance(weight, Tiles) and weight.has_min
-            cut = _cut_hopper(*given, _piece_bytes(weight), has_min, *limits)
-        else:
-            cut = _cut_more(*given, _piece_bytes(weight), *limits)
+        cut = _cut_more(*given, _piece_bytes(weight), num_processors(x.device), shared_memory(x.device), same)
     defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "GATE": GATES[gate]}
     args = _pointers(weight)
     if then is not None:
@@ -157,7 +156,7 @@ def _launch(
     args.out_stride, args.x_stride, args.accumulate = out.stride(0), x.stride(0), int(accumulate)
     blocks = cut.blocks(num_out)  # with a gate too, where each has a tile of either half
     args.next_bytes = args.next_bytes // (blocks * cut.SPLIT) // 16 * 16
-    shared_bytes = cut.shared_bytes(x.shape[0], num_in, _piece_bytes(weight))
+    shared_bytes = cut.shared_bytes(_piece_bytes(weight))
     function = _function(cut.kernel, tuple(sorted(defines.items())), x.device)
     function.launch((blocks, cut.SPLIT), 32 * cut.WARPS * cut.TEAMS, args, x.device, shared_bytes)
 
@@ -182,13 +181,18 @@ def _is_few(num_rows: int, num_out: int, num_in: int, processors: int, same: boo
     return (num_rows <= 8 and not same) or (num_out <= 4 * ROWS * processors and num_in < 8192)
 
 
+def _row_tiles(num_rows: int) -> int:
+    """Rows of x / 8 that kernels are compiled for: a power of two."""
+    return max(8, 1 << (num_rows - 1).bit_length()) // 8
+
+
 @cache
 def _cut(
     num_rows: int, num_out: int, num_in: int, is_gated: bool, is_dense: bool, processors: int, same: bool = False
 ) -> _Few:
     """Enough warps to keep the memory busy, as measured on an H100 and an H200. With `same`, as many for any number of
     rows: nothing else changes the order of a sum."""
-    rows = num_rows if num_rows <= 2 and not (is_dense or same) else max(8, 1 << (num_rows - 1).bit_length())
+    rows = num_rows if num_rows <= 2 and not (is_dense or same) else 8 * _row_tiles(num_rows)
     tiles = -(-num_out // ROWS)
     few, wide = tiles <= 2 * processors, tiles > 4 * processors
     if is_dense:
@@ -212,12 +216,12 @@ def _cut_more(
     """As many warps as two stages have memory for, two blocks of a multiprocessor if they can be, and all
     multiprocessors with as much to do as others. With `same`, the columns are split as for the most rows: nothing else
     changes the order of a sum."""
-    nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
+    nt = _row_tiles(num_rows)
     mt = 2 if is_gated or (nt <= 4 and piece_bytes < 64) else 1
     num_warps, num_chunks = -(-num_out // (ROWS * mt)), -(-num_in // (2 * COLUMNS))
 
     def stage_bytes(warps: int) -> int:
-        return _More(nt, mt, warps, 1, 1, 1).shared_bytes(num_rows, num_in, piece_bytes)
+        return _More(nt, mt, warps, 1, 1, 1).shared_bytes(piece_bytes)
 
     def cost(cut: tuple[int, int]) -> tuple[float, int]:
         warps, split = cut
@@ -245,14 +249,14 @@ def _cut_hopper(
 ) -> _More:
     """The same for Hopper: one block of a multiprocessor, with two teams of eight warps where registers allow it. With
     `same`, the columns are split by the weight alone."""
-    nt = 1 << max(0, -(-num_rows // 8) - 1).bit_length()
+    nt = _row_tiles(num_rows)
     num_chunks = -(-num_in // (2 * COLUMNS))
 
     def cut(mt: int, split: int) -> _More:
         most_teams = 2 if nt <= 4 and nt * mt * (4 if has_min else 1) <= 8 and not same else 1
         for warps, teams in ((8, most_teams), (8, 1), (4, 1)):
             found = _More(nt, mt, warps, split, 0, 1, teams, 1)
-            free = shared_memory - TABLE_BYTES - found.shared_bytes(num_rows, num_in, piece_bytes)
+            free = shared_memory - TABLE_BYTES - found.shared_bytes(piece_bytes)
             stage_bytes = teams * warps * 2 * mt * 32 * piece_bytes
             if free >= 2 * stage_bytes:
                 break
@@ -314,11 +318,6 @@ def _pointers(weight: Tensor | Tiles) -> _Args:
 @cache
 def _function(name: str, defines: tuple[tuple[str, int], ...], device: torch.device) -> Function:
     return load(f"{name}.cu", name, dict(defines), device)
-
-
-@cache
-def is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == HOPPER
 
 
 @cache

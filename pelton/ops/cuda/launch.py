@@ -18,6 +18,8 @@ from triton import knobs
 from triton.language.extra import cuda
 from triton.runtime import driver
 
+from pelton.ops.cuda.program import HOPPER
+
 # From compute capability 9.0 on a kernel may be brought up while the one before it still runs.
 OVERLAPS = tl.constexpr(not knobs.runtime.interpret and torch.cuda.get_device_capability() >= (9, 0))
 OVERLAP: dict[str, Any] = {"launch_pdl": True} if OVERLAPS.value else {}
@@ -101,6 +103,12 @@ def has_float8(device: torch.device) -> bool:
 def has_tma(device: torch.device) -> bool:
     """Whether tiles can be fetched by descriptors."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def has_wgmma(device: torch.device) -> bool:
+    """Whether four warps can multiply together: by instructions of Hopper alone."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
 
 
 @cache

@@ -21,7 +21,7 @@ def test_more_rows_fit(processors: int, memory: int, same: bool) -> None:
         for piece_bytes in PIECES:
             for num_rows, gated in [(rows, gated) for rows in (9, 16, 17, 32, 33, 64) for gated in (False, True)]:
                 cut = few_rows._cut_more(num_rows, num_out, num_in, gated, piece_bytes, processors, memory, same)
-                needed = cut.shared_bytes(num_rows, num_in, piece_bytes) + (8 << 10) + STATIC
+                needed = cut.shared_bytes(piece_bytes) + (8 << 10) + STATIC
                 assert cut.STAGES >= 2 and cut.BLOCKS * needed <= memory, (num_out, num_in, piece_bytes, cut)
 
 
@@ -34,10 +34,10 @@ def test_more_rows_fit_on_hopper(same: bool, has_min: bool) -> None:
             for num_rows, gated in [(rows, gated) for rows in (1, 9, 16, 17, 32, 33, 64) for gated in (False, True)]:
                 given = num_rows, num_out, num_in, gated, piece_bytes, has_min, processors, memory
                 cut = few_rows._cut_hopper(*given, same)
-                needed = cut.shared_bytes(num_rows, num_in, piece_bytes) + (8 << 10) + STATIC
+                needed = cut.shared_bytes(piece_bytes) + (8 << 10) + STATIC
                 assert cut.STAGES >= 2 and needed <= memory and cut.SPLIT <= 8, (num_out, num_in, piece_bytes, cut)
                 sums = 4 * cut.MT * 4 * cut.NT * 32 * cut.WARPS  # bytes that a team leaves for the first
-                assert sums * (cut.TEAMS - 1) <= cut.shared_bytes(num_rows, num_in, piece_bytes)
+                assert sums * (cut.TEAMS - 1) <= cut.shared_bytes(piece_bytes)
 
 
 @pytest.mark.parametrize(("processors", "memory"), GPUS)
@@ -46,7 +46,7 @@ def test_few_rows_fit(processors: int, memory: int) -> None:
         for num_rows, gated in [(rows, gated) for rows in (1, 4, 8, 9, 17, 33, 64) for gated in (False, True)]:
             for dense, same in ((False, False), (False, True), (True, False)):
                 cut = few_rows._cut(num_rows, num_out, num_in, gated, dense, processors, same)
-                needed = cut.shared_bytes(num_rows, num_in, 64) + (0 if dense else few_rows.FEW_TABLE_BYTES) + STATIC
+                needed = cut.shared_bytes(64) + (0 if dense else few_rows.FEW_TABLE_BYTES) + STATIC
                 assert needed <= memory, (num_out, num_in, cut)
 
 
