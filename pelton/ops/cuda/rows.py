@@ -333,11 +333,16 @@ def scale_of(largest):
 
 
 @triton.jit
+def _divide(x, scale):
+    """x / scale, two of one shape, rounded to even: int8 numbers, as float32."""
+    return (tl.div_rn(x, tl.maximum(scale, 2e-38)) + ROUNDS) - ROUNDS
+
+
+@triton.jit
 def to_cache(x, scale, dtype: tl.constexpr):
     """Heads [heads, n] float32 as numbers of a cache: int8 with a scale [heads] each, float8 or its bits in uint8."""
     if dtype == tl.int8:
-        divisor = tl.broadcast_to(tl.maximum(scale, 2e-38)[:, None], x.shape)
-        x = (tl.div_rn(x, divisor) + ROUNDS) - ROUNDS
+        x = _divide(x, tl.broadcast_to(scale[:, None], x.shape))
     if dtype == tl.uint8 or dtype == tl.float8e4nv:
         x = _to_float8(x).to(dtype, bitcast=True)
     return x.to(dtype)
@@ -452,14 +457,13 @@ def _quantize_kernel(out_ptr, scale_ptr, x_ptr, size, x_stride, BLOCK: tl.conste
         x = tl.load(x_ptr + row * x_stride + start + columns, mask=start + columns < size, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(x))
         broken += x - x  # zero, or not a number: a maximum forgets these
-    scale = tl.div_rn(tl.max(largest, axis=0), 127.0) + tl.sum(broken, axis=0)
+    scale = scale_of(tl.max(largest, axis=0)) + tl.sum(broken, axis=0)
     tl.store(scale_ptr + row, scale)
-    divisor = tl.broadcast_to(tl.maximum(scale, 2e-38), [BLOCK])
+    scale = tl.broadcast_to(scale, [BLOCK])
     for start in range(0, size, BLOCK):
         inside = start + columns < size
         x = tl.load(x_ptr + row * x_stride + start + columns, mask=inside, other=0.0).to(tl.float32)
-        x = (tl.div_rn(x, divisor) + ROUNDS) - ROUNDS
-        tl.store(out_ptr + row * size + start + columns, x.to(tl.int8), mask=inside)
+        tl.store(out_ptr + row * size + start + columns, _divide(x, scale).to(tl.int8), mask=inside)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
