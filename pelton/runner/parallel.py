@@ -63,7 +63,7 @@ class Follower:
 
     def __call__(self, states: Sequence[RequestState], logits: Tensor) -> list[Sample | str]:
         """What rank 0 sampled. Raises where that failed."""
-        return _samples(self._hear(len(states), logits.device))
+        return _samples(self._hear(len(states), logits.device).tolist())
 
     def draws(self, states: Sequence[RequestState], logits: Tensor) -> Draws | None:
         """None: rank 0 samples."""
@@ -73,23 +73,17 @@ class Follower:
         self, states: Sequence[RequestState], logits: Tensor, token_ids: Tensor | None = None
     ) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
         """The same on a GPU, without waiting."""
+        from pelton.ops.cuda.sampling import Pending  # its kernels need Triton
+
         token_ids = self._hear(len(states), logits.device)
-        on_host = torch.empty(len(states), dtype=torch.int64, pin_memory=True).copy_(token_ids, non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-
-        def wait() -> list[Sample | str]:
-            arrived.synchronize()
-            return _samples(on_host)
-
-        return token_ids, wait
+        pending = Pending.of(token_ids, token_ids)
+        return token_ids, lambda: _samples(pending.fetch()[0])
 
     def _hear(self, num: int, device: torch.device) -> Tensor:
         return self._ranks.broadcast_(torch.empty(num, dtype=torch.int64, device=device))
 
 
-def _samples(token_ids: Tensor) -> list[Sample | str]:
-    ids = token_ids.tolist()
-    if FAILED in ids:
+def _samples(token_ids: Sequence[int]) -> list[Sample | str]:
+    if FAILED in token_ids:
         raise RuntimeError("rank 0 could not sample")
-    return ["it has ended" if token_id < 0 else (token_id, None) for token_id in ids]
+    return ["it has ended" if token_id < 0 else (token_id, None) for token_id in token_ids]
