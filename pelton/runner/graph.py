@@ -64,11 +64,8 @@ class Graphs(Captured):
     """On a GPU. Where no request asks for more than temperature, min_p, top_k and top_p, a step also leaves its samples
     (or codes in their place): `token_ids` [R] int64. Else they are to be sampled from `logits` [R, V]."""
 
-    def __init__(self, model: Model, kv: KVCache, max_requests: int, max_blocks: int, lazily: bool = False) -> None:
-        """lazily: all graphs but one are captured by the steps that need them first."""
-        from pelton.ops.cuda.launch import only_compiling  # its kernels need Triton
-        from pelton.quant.gpu import noting_order
-
+    def __init__(self, model: Model, kv: KVCache, max_requests: int, max_blocks: int) -> None:
+        """Also launches what steps do, of whatever size: may be called in `ops.cuda.launch.only_compiling`."""
         self.buffers = BatchBuffers(kv, max_requests, max_requests, max_blocks)
         self._model = model
         self._sizes = [size for size in SIZES if size < max_requests] + [max_requests]
@@ -76,15 +73,19 @@ class Graphs(Captured):
         self.num_replays = 0
         # What reads a step's samples is enqueued before the next replay: one place is enough where two are begun.
         self.token_ids = torch.empty(max_requests, dtype=torch.int64, device=kv.device)
-        with only_compiling():
-            # All graphs leave their results here: nothing of their own memory is kept, so that they share it.
-            self._hidden = model.forward(self.buffers.batch(max_requests, max_requests))
-            self.logits = model.logits(self._hidden)
-            for size in self._sizes:
-                if size & (size - 1) == 0 or size == max_requests:  # kernels are made for powers of two
-                    self._compute(size)
+        # All graphs leave their results here: nothing of their own memory is kept, so that they share it.
+        self._hidden = model.forward(self.buffers.batch(max_requests, max_requests))
+        self.logits = model.logits(self._hidden)
+        for size in self._sizes:
+            if size & (size - 1) == 0 or size == max_requests:  # kernels are made for powers of two
+                self._compute(size)
+
+    def capture(self, lazily: bool) -> None:
+        """Before the first `run`. lazily: all graphs but one are captured by the steps that need them first."""
+        from pelton.quant.gpu import noting_order  # its kernels need Triton
+
         with noting_order():
-            self._compute(max_requests)
+            self._compute(self._sizes[-1])
         first = self._sizes[-1:] if lazily else self._sizes[::-1]  # in any case the largest: all fit into its memory
         self._captured = {size: self._capture(size) for size in first}
 

@@ -63,10 +63,10 @@ class ModelRunner:
     def _capture(self, lazily: bool) -> None:
         if self.device.type == "cuda":
             if not gpu.why_not():
-                most, max_blocks = self.buffers.max_requests, self.buffers.max_blocks
                 try:
-                    self._compile()
-                    self.graph = Graphs(self.model, self.kv, most, max_blocks, lazily)
+                    graphs = self._compile()
+                    graphs.capture(lazily)
+                    self.graph = graphs
                 except RuntimeError as error:
                     if is_out_of_memory(error):
                         raise
@@ -78,15 +78,18 @@ class ModelRunner:
             except NotRecordable as error:
                 self.why_eager = f"steps run eagerly: {error}"
 
-    def _compile(self) -> None:
-        """What steps with prompts launch is compiled now, not when the first request waits for it."""
+    def _compile(self) -> Graphs:
+        """What is to be captured; what that and steps with prompts launch is compiled, at once, and not when the first
+        request waits for it."""
         from pelton.ops.cuda.launch import only_compiling  # its kernels need Triton
 
+        most = self.buffers.max_requests
         with only_compiling():
-            for num_requests in {1, self.buffers.max_requests}:
+            for num_requests in {1, most}:
                 num_tokens = min(num_requests + PROMPT, self.buffers.max_tokens)
                 hidden = self.model.forward(self.buffers.batch(num_tokens, num_requests))
                 ops.select_rows(hidden, self.buffers.device.sampled_rows[:num_requests])
+            return Graphs(self.model, self.kv, most, self.buffers.max_blocks)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the plan's chunks. Safe to repeat: it writes the same slots and the same tokens again.

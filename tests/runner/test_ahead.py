@@ -223,7 +223,8 @@ class World:
         """Let steps be begun; let them fail, while they begin or later."""
         rng = self.rng
         most, max_blocks = runner.buffers.max_requests, runner.buffers.max_blocks
-        runner.graph = Eager(runner.model, runner.kv, most, max_blocks, lazily=rng.random() < 0.5)
+        runner.graph = Eager(runner.model, runner.kv, most, max_blocks)
+        runner.graph.capture(lazily=rng.random() < 0.5)
         runner.graph.on_capture = self._on_capture
         runner.sampler = FlakySampler(0)
         share = rng.choice([0.0, 0.0, 0.01])
@@ -289,7 +290,6 @@ def test_what_is_begun_ahead_changes_nothing(
     sampling = SimpleNamespace(draws_of=draws_of, choose_=choose_, Pending=None, start_sample=None)
     monkeypatch.setitem(sys.modules, "pelton.ops.cuda.sampling", sampling)
     monkeypatch.setitem(sys.modules, "pelton.quant.gpu", SimpleNamespace(noting_order=nullcontext))
-    monkeypatch.setitem(sys.modules, "pelton.ops.cuda.launch", SimpleNamespace(only_compiling=nullcontext))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr("pelton.engine.scheduler.CALM_STEPS", 3)  # steps are soon large enough to fail again
     for module in ("core", "scheduler"):  # they report each injected failure

@@ -184,10 +184,8 @@ def test_a_capture_that_fails(
 ) -> None:
     runner: Any = object.__new__(ModelRunner)
     runner.device, runner.model, runner.kv = torch.device("cuda"), None, None
-    runner.buffers = SimpleNamespace(max_requests=8, max_blocks=8)
     monkeypatch.setattr(gpu, "why_not", lambda: "")
-    monkeypatch.setattr(runner, "_compile", lambda: None)
-    monkeypatch.setattr("pelton.runner.model_runner.Graphs", raising(error))
+    monkeypatch.setattr(runner, "_compile", lambda: SimpleNamespace(capture=raising(error)))
     with pytest.raises(kind, match=says):
         runner._capture(lazily=False)
 
