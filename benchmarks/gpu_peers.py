@@ -1,9 +1,9 @@
 """Measures pelton and vLLM in turn on this GPU, with random weights, and holds pelton to its bars.
 
-    python benchmarks/gpu_peers.py --configs DIR [--vllm DIR] [--only WORD,...] [--to FILE]
+    python benchmarks/gpu_peers.py --configs DIR [--vllm DIR] [--only NAME,...] [--to FILE]
 
 --configs: a folder with one for each model, which holds its config.json. --vllm: a folder to import vLLM from, if it is
-not installed. --only: the runs of these models. Each run is a fresh process of gpu_engine.py; what is compared runs
+not installed. --only: the runs of these names. Each run is a fresh process of gpu_engine.py; what is compared runs
 next to each other. The figures, the bars and the machine are written to --to after each run.
 """
 
@@ -109,16 +109,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", type=Path, required=True, metavar="DIR")
     parser.add_argument("--vllm", type=Path, metavar="DIR")
-    parser.add_argument("--only", default="", metavar="WORD,...", help="words of a run's name")
+    parser.add_argument("--only", default="", metavar="NAME,...", help="names of runs")
     parser.add_argument("--to", type=Path, default=HERE / "results" / "gpu_peers.json", metavar="FILE")
     args = parser.parse_args()
-    words = args.only.split(",") if args.only else [""]
+    names = args.only.split(",") if args.only else [run.name for run in RUNS]
     found = {"machine": machine(), "date": str(datetime.date.today()), "read_gb_per_s": round(read_speed())}
     torch.cuda.empty_cache()
     print(json.dumps(found), flush=True)
     figures: dict[str, Figures] = {}
     for run in RUNS:
-        if not any(word in run.name for word in words) or run.num_gpus > torch.cuda.device_count():
+        if run.name not in names or run.num_gpus > torch.cuda.device_count():
             continue
         figures[run.name] = measure(run, args.configs / run.config, args.vllm)
         floor_ms = round(run.floor_ms(args.configs, found["read_gb_per_s"]), 2)

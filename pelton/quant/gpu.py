@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pelton import ops
-from pelton.ops.cuda import few_rows, int8, rows, same_rows
+from pelton.ops.cuda import blas, few_rows, int8, rows, same_rows
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 from pelton.quant import CODED
 from pelton.quant.codes import Codes
@@ -72,20 +72,27 @@ class Whole(OnGPU):
             few_rows.multiply(x, weight, out, bias, accumulate, then=self.then)
             return
         numbers = few_rows.open_tiles(weight, x.dtype) if isinstance(weight, Tiles) else weight
-        if accumulate:
-            out.addmm_(x, numbers.T)
-            if bias is not None:
-                out.add_(bias)
-        elif out.dtype == x.dtype:
-            torch.addmm(bias, x, numbers.T, out=out) if bias is not None else torch.mm(x, numbers.T, out=out)
-        else:
-            torch.mm(x, numbers.T, out_dtype=out.dtype, out=out)
-            if bias is not None:
-                out.add_(bias)
+        with blas.for_rows(x.shape[0], x.device):
+            _multiply(x, numbers, out, bias, accumulate)
 
     def _is_for_few(self, x: Tensor) -> bool:
         """Whether x has so few rows that torch is not as fast."""
         return isinstance(self.operand, Tiles) or (x.shape[0] <= MAX_DENSE_ROWS and not self.deterministic)
+
+
+def _multiply(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
+    """out = x W^T (+ bias), or added to out, by torch."""
+    if accumulate:
+        out.addmm_(x, weight.T)
+    elif out.dtype != x.dtype:
+        torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
+    elif bias is not None:
+        torch.addmm(bias, x, weight.T, out=out)
+        return
+    else:
+        torch.mm(x, weight.T, out=out)
+    if bias is not None:
+        out.add_(bias)
 
 
 _thread = threading.local()

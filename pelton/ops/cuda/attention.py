@@ -33,6 +33,7 @@ from pelton import ops
 from pelton.config import FEW_TOKENS
 from pelton.ops.cuda.launch import (
     OVERLAP,
+    ask_for,
     counters,
     has_float8,
     let_next_begin,
@@ -223,6 +224,21 @@ def _add_span(
     value = _load_rows(x, x.value, block, slot, g, there, MASKED)
     weighted = tl.dot(weights.to(value.dtype), value, sums.weighted * decay[:, None], input_precision="ieee")
     return Sums(maximum, total, weighted)
+
+
+@triton.jit
+def _ask_for_rows(x, store, r, g, begin, end, KEYS: tl.constexpr):
+    """Have keys or values of request r from begin to begin + KEYS, or to end, brought into the L2 cache."""
+    BYTES: tl.constexpr = store.numbers.dtype.element_ty.primitive_bitwidth // 8
+    LINES: tl.constexpr = (x.shape.WIDTH * BYTES + 127) // 128
+    at = begin + tl.arange(0, KEYS)
+    there = at < end
+    blocks = x.block_table + r.to(tl.int64) * x.table_request
+    block = tl.load(blocks + at // x.shape.BLOCK_SIZE, mask=there, other=0).to(tl.int64)
+    offsets = block * store.block + (at % x.shape.BLOCK_SIZE * store.slot + g * store.head)
+    line = tl.arange(0, LINES)[None, :] * (128 // BYTES)
+    pointers = store.numbers + offsets[:, None] + line
+    ask_for(pointers, tl.broadcast_to(there[:, None] & (line < x.shape.HEAD_SIZE), pointers.shape))
 
 
 @triton.jit
@@ -548,6 +564,11 @@ def _decode_kernel(
         end = tl.minimum(tl.cdiv(until - place.origin, place.step) * place.keys, place.last + 1)
         is_shared = _is_shared(place, share)
         if HAS_NEW:
+            # A lone request's keys are on their way while its query is being computed. Where there are more, requests
+            # for their lines cost more than they give.
+            for i in tl.static_range(2 if REQUESTS == 1 else 0):
+                _ask_for_rows(x, x.key, place.r, place.g, begin + i * KEYS, end, KEYS)
+                _ask_for_rows(x, x.value, place.r, place.g, begin + i * KEYS, end, KEYS)
             query = _prepare(x, new, place, (begin <= place.last) & (place.last < end), row)
         else:
             wait_for_previous()  # what was read until here was there when the step began

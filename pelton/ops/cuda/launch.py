@@ -47,6 +47,16 @@ def wait_for_inputs():
     wait_for_previous()
 
 
+@triton.jit
+def ask_for(pointers, there):
+    """Have the lines of 128 bytes that pointers point to brought into the L2 cache, of those that are `there`."""
+    if OVERLAPS:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0;}", "=r,l,r",
+            [pointers, there.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )
+
+
 # In place of a kernel that is being compiled.
 _NOTHING = SimpleNamespace(
     launch_metadata=lambda *args: None, run=lambda *args: None, function=None, packed_metadata=None

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pelton.ops.cuda import few_rows
+from pelton.ops.cuda import cuts, few_rows
 from pelton.ops.cuda.launch import (
     OVERLAP,
     counters,
@@ -86,7 +86,7 @@ def multiply(
     or float32; bias in x's dtype. `gate`, of tiles only, and `then`: see few_rows.multiply."""
     (num_rows, num_in), num_out = x.shape, weight.shape[0]
     if isinstance(weight, Tiles):
-        most = few_rows.MAX_ROWS
+        most = cuts.MAX_ROWS
         then, x = then if num_rows <= most else None, _aligned(x)
         for begin in range(0, num_rows, most):
             rows = slice(begin, begin + most)

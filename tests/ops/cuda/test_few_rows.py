@@ -14,6 +14,7 @@ from pelton.quant.codes import Codes
 from pelton.quant.tiled import make_tiles
 from pelton.weights.gguf import BLOCK_TYPES
 
+cuts = pytest.importorskip("pelton.ops.cuda.cuts")
 few_rows = pytest.importorskip("pelton.ops.cuda.few_rows")
 same_rows = pytest.importorskip("pelton.ops.cuda.same_rows")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -83,8 +84,10 @@ def close(got: Tensor, expected: Tensor, half: torch.dtype) -> None:
 @pytest.fixture(params=["few", "more", "more with less memory"])
 def _kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which kernel multiplies, whatever the number of rows and the size of the weight."""
-    monkeypatch.setattr(few_rows, "_is_few", lambda *given: request.param == "few")
-    if request.param == "more with less memory":
+    monkeypatch.setattr(cuts, "is_few", lambda *given: request.param == "few")
+    monkeypatch.setattr(few_rows, "has_tma", lambda device: request.param == "dense")
+    if request.param == "more with less memory":  # before Hopper
+        monkeypatch.setattr(few_rows, "has_wgmma", lambda device: False)
         monkeypatch.setattr(few_rows, "shared_memory", lambda device: 99 << 10)
 
 
@@ -159,12 +162,15 @@ def test_a_row_can_have_the_same_bits_in_any_company(name: str, num_out: int) ->
         assert all(torch.equal(out, gated[-1][: len(out)]) for out in gated)
 
 
+@pytest.mark.usefixtures("_kernel")
+@pytest.mark.parametrize("_kernel", ["few", "more", "dense"], indirect=True)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("num_out", "num_in"), [(72, 1024), (4096, 4096), (33, 14336)])
+@pytest.mark.parametrize(("num_out", "num_in"), [(72, 1024), (4096, 4096), (20000, 576), (33, 14336), (5, 64)])
 def test_numbers(half: torch.dtype, num_out: int, num_in: int) -> None:
+    """Of `dense`, blocks with more tiles than are on their way, warps of no columns, tiles of less than 16 rows."""
     torch.manual_seed(0)
     weight = torch.randn(num_out, num_in, device="cuda").to(half)
-    for num_rows in (1, 5, 8, 16, 40, 64):
+    for num_rows in (1, 2, 3, 5, 8, 16, 40, 64):
         x = torch.randn(num_rows, num_in + 8, device="cuda").to(half)[:, :num_in]
         residual = torch.randn(num_rows, num_out, device="cuda").to(half)
         expected = x.double() @ weight.double().T + residual.double()
@@ -173,6 +179,7 @@ def test_numbers(half: torch.dtype, num_out: int, num_in: int) -> None:
 
 
 @pytest.mark.usefixtures("_kernel")
+@pytest.mark.parametrize("_kernel", ["few", "more", "more with less memory", "dense"], indirect=True)
 @pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("name", ["numbers", "int4 group 128", "Q4_K", "Q6_K", "Q8_0", "float8 group 128"])
 def test_gates(gate: str, name: str) -> None:

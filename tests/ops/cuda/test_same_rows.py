@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import interpreter
 
-from pelton.ops.cuda import few_rows, same_rows
+from pelton.ops.cuda import cuts, same_rows
 from pelton.quant import gpu
 from pelton.quant.layout import Dense, Stack
 
@@ -153,15 +153,15 @@ def test_tiles_are_split_by_the_shape_of_the_weight(processors: int, memory: int
     for num_out, num_in in [(28672, 4096), (6144, 4096), (4096, 14336), (1024, 4096), (576, 192), (128256, 2048)]:
         for piece_bytes in (18, 32, 66):
             given = [(num_rows, num_out, num_in, gated) for num_rows in (1, 8, 9, 16, 17, 33, 64) for gated in (0, 1)]
-            few = [few_rows._cut(*each, False, processors, same=True) for each in given]
-            assert len({(cut.WARPS, cut.SPLIT) for cut in few}) == 1, (num_out, num_in)
+            few = [cuts.few(*each, False, processors, same=True) for each in given]
+            assert len({cut.WARPS for cut in few}) == 1, (num_out, num_in)
             if processors == 132:
                 limits = False, processors, memory
-                cuts = [few_rows._cut_hopper(*each, piece_bytes, *limits, same=True) for each in given]
+                found = [cuts.more_on_hopper(*each, piece_bytes, *limits, same=True) for each in given]
             else:
-                cuts = [few_rows._cut_more(*each, piece_bytes, processors, memory, same=True) for each in given]
-            assert len({cut.SPLIT for cut in cuts}) == 1, (num_out, num_in, piece_bytes)
-            assert len({few_rows._is_few(*each[:3], processors, same=True) for each in given}) == 1
-            for cut in cuts:
-                most = few_rows.MAX_SHARING * processors
-                assert cut.SPLIT == 1 or cut.blocks(num_out) * cut.SPLIT <= most
+                found = [cuts.more(*each, piece_bytes, processors, memory, same=True) for each in given]
+            assert len({cut.SPLIT for cut in found}) == 1, (num_out, num_in, piece_bytes)
+            assert len({cuts.is_few(*each[:3], processors, same=True) for each in given}) == 1
+            for cut in found:
+                across, sharing = cut.grid(num_out)
+                assert sharing == 1 or across * sharing <= cuts.MAX_SHARING * processors

@@ -1,0 +1,239 @@
+"""How kernels of few rows cut their work: few_rows.cu, dense_rows.cu and more_rows.cu, each by the shape of the product
+and what the GPU has."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import ClassVar
+
+from pelton.ops.tiles import COLUMNS, ROWS
+
+MAX_ROWS = 64
+MAX_DENSE_ROWS = 8  # of dense_rows.cu: an mma has so many columns for rows of x
+MAX_SHARING = 4  # blocks for each multiprocessor, of those that share columns with others; so many are counted
+TABLE_BYTES = 10 << 10  # of a block's shared memory: what is not counted, and more_rows.cu's table of values
+RESERVED_BYTES = 2 << 10  # of a block's shared memory: what is not counted
+
+
+class Cut(ABC):
+    """Fields in capitals are compiled in."""
+
+    kernel: ClassVar[str]
+
+    @property
+    def defines(self) -> Mapping[str, int]:
+        return {name: value for name, value in vars(self).items() if name.isupper()}
+
+    @property
+    @abstractmethod
+    def num_threads(self) -> int:
+        """Of a block."""
+
+    @abstractmethod
+    def grid(self, num_out: int) -> tuple[int, int]:
+        """Blocks beside each other, each with rows of the weight, and blocks that share columns. With a gate the former
+        have rows of either half."""
+
+    @abstractmethod
+    def shared_bytes(self, piece_bytes: int) -> int:
+        """Memory of a block, beside what is compiled in. piece_bytes: what a lane needs of 16 rows and 64 columns."""
+
+
+@dataclass(frozen=True)
+class Few(Cut):
+    """How few_rows.cu cuts the work: the most rows of x (1, 2, or a multiple of 8), tiles of 16 weight rows of a block,
+    its warps, and how many pieces a warp asks for ahead."""
+
+    ROWS: int
+    MT: int
+    WARPS: int
+    AHEAD: int
+
+    kernel = "few_rows"
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * self.WARPS
+
+    def grid(self, num_out: int) -> tuple[int, int]:
+        return -(-num_out // (ROWS * self.MT)), 1
+
+    def shared_bytes(self, piece_bytes: int) -> int:
+        return 4 * self.WARPS * 16 * self.MT * (max(8, self.ROWS) + 1)
+
+
+@dataclass(frozen=True)
+class More(Cut):
+    """How more_rows.cu cuts the work: rows of x / 8, tiles of 16 weight rows of a warp, warps of a team, blocks that
+    share columns, chunks in memory, and blocks of a multiprocessor. On Hopper a block may have several teams."""
+
+    NT: int
+    MT: int
+    WARPS: int
+    SPLIT: int
+    STAGES: int
+    BLOCKS: int
+    TEAMS: int = 1
+    WGMMA: int = 0
+
+    kernel = "more_rows"
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * self.WARPS * self.TEAMS
+
+    def grid(self, num_out: int) -> tuple[int, int]:
+        return -(-num_out // (ROWS * self.MT * self.WARPS)), self.SPLIT
+
+    def shared_bytes(self, piece_bytes: int) -> int:
+        chunks, columns = (2, 128) if self.WGMMA else (self.STAGES, 128 + 32)  # of x
+        weights = self.STAGES * self.WARPS * 2 * self.MT * 32 * piece_bytes
+        return self.TEAMS * (weights + chunks * 2 * 8 * self.NT * columns)
+
+
+@dataclass(frozen=True)
+class Dense(Cut):
+    """How dense_rows.cu cuts the work: warps of a block, columns that a warp copies at a time, and how many such copies
+    of 16 rows are on their way."""
+
+    WARPS: int
+    CHUNK: int
+    STAGES: int
+    num_blocks: int
+    num_rows: int
+    num_in: int
+
+    kernel = "dense_rows"
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * self.WARPS
+
+    def grid(self, num_out: int) -> tuple[int, int]:
+        return self.num_blocks, 1
+
+    def shared_bytes(self, piece_bytes: int) -> int:
+        x_and_sums = 2 * self.num_in + self.WARPS * (16 + 2 * ROWS * 4)
+        return self.WARPS * self.STAGES * ROWS * (2 * self.CHUNK + 16) + self.num_rows * x_and_sums
+
+
+def is_few(num_rows: int, num_out: int, num_in: int, processors: int, same: bool) -> bool:
+    """Whether few_rows.cu is faster: to join sums through memory takes longer than a small weight. With `same`, for one
+    kernel for any number of rows."""
+    return (num_rows <= 8 and not same) or (num_out <= 4 * ROWS * processors and num_in < 8192)
+
+
+def _row_tiles(num_rows: int) -> int:
+    """Rows of x / 8 that kernels are compiled for: a power of two."""
+    return max(8, 1 << (num_rows - 1).bit_length()) // 8
+
+
+@cache
+def few(
+    num_rows: int, num_out: int, num_in: int, is_gated: bool, is_dense: bool, processors: int, same: bool = False
+) -> Few:
+    """Enough warps to keep the memory busy, as measured on an H100 and an H200. With `same`, as many for any number of
+    rows: nothing else changes the order of a sum."""
+    rows = num_rows if num_rows <= 2 and not (is_dense or same) else 8 * _row_tiles(num_rows)
+    tiles = -(-num_out // ROWS)
+    few, wide = tiles <= 2 * processors, tiles > 4 * processors
+    if is_dense:
+        mt = 2 if is_gated or (rows == 8 and not wide) else 1
+        return Few(rows, mt, 8, 4 if few or is_gated else 2)
+    if rows <= 16:
+        mt, warps = (1 if rows <= 2 else 2, 16) if few else (2, 4) if wide else (1, 8)
+    else:
+        mt, warps = (2, 8 if few else 4) if rows == 32 else (1, 8)
+    mt = 2 if is_gated else mt
+    if same:
+        return Few(rows, mt, 8, 4 if rows == 8 else 3 if rows <= 32 else 2)
+    return Few(rows, mt, warps, 4 if rows < 8 else 3 if rows <= 32 else 2)
+
+
+@cache
+def more(
+    num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, processors: int, shared_memory: int,
+    same: bool = False,
+) -> More:
+    """As many warps as two stages have memory for, two blocks of a multiprocessor if they can be, and all
+    multiprocessors with as much to do as others. With `same`, the columns are split as for the most rows: nothing else
+    changes the order of a sum."""
+    nt = _row_tiles(num_rows)
+    mt = 2 if is_gated or (nt <= 4 and piece_bytes < 64) else 1
+    num_warps, num_chunks = -(-num_out // (ROWS * mt)), -(-num_in // (2 * COLUMNS))
+
+    def stage_bytes(warps: int) -> int:
+        return More(nt, mt, warps, 1, 1, 1).shared_bytes(piece_bytes)
+
+    def cost(cut: tuple[int, int]) -> tuple[float, int]:
+        warps, split = cut
+        rounds = -(-(-(-num_warps // warps) * split) // processors)
+        return rounds * warps / split * (1.0 if rounds > 1 else 1.2), split
+
+    splits: tuple[int, ...] = 1, 2, 3, 4, 6, 8
+    if same:
+        splits = (more(MAX_ROWS, num_out, num_in, False, piece_bytes, processors, shared_memory).SPLIT,)
+    most = max(warps for warps in range(1, 9) if 2 * stage_bytes(warps) <= shared_memory - TABLE_BYTES)
+    cuts = [
+        (warps, split) for warps in range(most, min(most, 4) - 1, -1) for split in splits
+        if split == 1 or (num_chunks >= 4 * split and -(-num_warps // warps) * split <= MAX_SHARING * processors)
+    ]
+    warps, split = min(cuts, key=cost)
+    blocks = 2 if nt * mt <= 8 and shared_memory // 2 - TABLE_BYTES >= 3 * stage_bytes(warps) else 1
+    stages = min(4, (shared_memory // blocks - TABLE_BYTES) // stage_bytes(warps))
+    return More(nt, mt, warps, split, stages, blocks)
+
+
+@cache
+def more_on_hopper(
+    num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, has_min: bool, processors: int,
+    shared_memory: int, same: bool = False,
+) -> More:
+    """The same for Hopper: one block of a multiprocessor, with two teams of eight warps where registers allow it. With
+    `same`, the columns are split by the weight alone."""
+    nt = _row_tiles(num_rows)
+    num_chunks = -(-num_in // (2 * COLUMNS))
+
+    def cut(mt: int, split: int) -> More:
+        most_teams = 2 if nt <= 4 and nt * mt * (4 if has_min else 1) <= 8 and not same else 1
+        for warps, teams in ((8, most_teams), (8, 1), (4, 1)):
+            found = More(nt, mt, warps, split, 0, 1, teams, 1)
+            free = shared_memory - TABLE_BYTES - found.shared_bytes(piece_bytes)
+            stage_bytes = teams * warps * 2 * mt * 32 * piece_bytes
+            if free >= 2 * stage_bytes:
+                break
+        return replace(found, STAGES=min(3, free // stage_bytes))
+
+    def cost(cut: More) -> tuple[float, int]:
+        """By the chunks that a multiprocessor multiplies, what it takes to begin, and sums that go through memory."""
+        rounds = -(-cut.grid(num_out)[0] * cut.SPLIT // processors)
+        chunks = -(-num_chunks // (cut.SPLIT * cut.TEAMS)) * cut.TEAMS
+        joins = 0.4 * cut.SPLIT * cut.MT if cut.SPLIT > 1 else 0.0
+        return rounds * (3 + chunks * cut.WARPS * (1 + 2 * cut.MT) / 40) + joins, cut.SPLIT
+
+    def cuts(mt: int) -> list[More]:
+        found = [cut(mt, split) for split in range(1, 9)]
+        return [
+            cut for cut in found
+            if cut.SPLIT == 1 or (num_chunks >= 2 * cut.SPLIT and cut.SPLIT * cut.grid(num_out)[0] <= processors)
+        ]
+
+    if same:
+        return cut(2 if is_gated else 1, min(cuts(1), key=cost).SPLIT)
+    return min(cuts(2) if is_gated or has_min else [*cuts(1), *cuts(2)], key=cost)
+
+
+@cache
+def dense(num_rows: int, num_out: int, num_in: int, processors: int, shared_memory: int) -> Dense | None:
+    """A block for each multiprocessor, if its memory holds x and what is on its way. One of two tiles at most leaves
+    room for a block of attention: else it begins when attention has ended, with all of its share to read."""
+    num_tiles = -(-num_out // ROWS)
+    for warps in (16, 8):
+        for stages in (2,) if num_tiles <= 2 * processors else (3, 2):
+            cut = Dense(warps, 128, stages, min(processors, num_tiles), num_rows, num_in)
+            if num_rows <= MAX_DENSE_ROWS and cut.shared_bytes(0) + RESERVED_BYTES <= shared_memory:
+                return cut
+    return None
