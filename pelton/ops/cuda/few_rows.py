@@ -120,7 +120,7 @@ def _launch(
     grid = cut.grid(num_out)
     args.next_bytes = args.next_bytes // (grid[0] * grid[1]) // 16 * 16
     function = _function(cut.kernel, tuple(sorted(defines.items())), x.device)
-    function.launch(grid, cut.num_threads, args, x.device, cut.shared_bytes(_piece_bytes(weight)))
+    function.launch(grid, cut.num_threads, args, cut.shared_bytes(_piece_bytes(weight)))
 
 
 def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, factor: float = 1.0) -> Tensor:
@@ -133,7 +133,7 @@ def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, fact
     args.ids, args.factor = None if ids is None else ids.data_ptr(), factor
     defines = {**_layout(tiles), "HALF": int(dtype == torch.float16), "OUT32": 0, "GATE": 0}
     grid = -(-num_out // ROWS) if ids is None else len(ids), -(-num_in // (8 * COLUMNS))
-    _function("open_codes", tuple(sorted(defines.items())), device).launch(grid, 256, args, device)
+    _function("open_codes", tuple(sorted(defines.items())), device).launch(grid, 256, args)
     return out
 
 

@@ -18,7 +18,7 @@ from triton import knobs
 from triton.language.extra import cuda
 from triton.runtime import driver
 
-from pelton.ops.cuda.program import HOPPER
+from pelton.ops.cuda.program import HOPPER, compiling_by
 
 # From compute capability 9.0 on a kernel may be brought up while the one before it still runs.
 OVERLAPS = tl.constexpr(not knobs.runtime.interpret and torch.cuda.get_device_capability() >= (9, 0))
@@ -78,7 +78,7 @@ def only_compiling() -> Iterator[None]:
     if knobs.runtime.interpret:
         yield
         return
-    with ThreadPoolExecutor(os.cpu_count()) as executor, _Later(executor):
+    with ThreadPoolExecutor(os.cpu_count()) as executor, _Later(executor), compiling_by(executor):
         yield
 
 

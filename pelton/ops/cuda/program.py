@@ -11,9 +11,11 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,44 +34,66 @@ OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: begin befo
 MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
-class Function:
-    """A compiled kernel, taking one struct of arguments."""
+# What compiles programs in this context, which launches nothing meanwhile.
+_compiler: ContextVar[Executor | None] = ContextVar("compiler", default=None)
 
-    def __init__(self, name: str, handle: ctypes.c_void_p) -> None:
+
+@contextmanager
+def compiling_by(executor: Executor) -> Iterator[None]:
+    """Programs that are loaded in this context are compiled by the executor, side by side; no function is launched."""
+    before = _compiler.set(executor)
+    try:
+        yield
+    finally:
+        _compiler.reset(before)
+
+
+class Function:
+    """A kernel, taking one struct of arguments."""
+
+    def __init__(self, name: str, device: torch.device, image: Callable[[], bytes]) -> None:
+        """image: waits for the machine code, if it is being compiled."""
         self._name = name
-        self._handle = handle
+        self._device = device
+        self._image = image
         self._most_shared = 0  # bytes that it may have
 
-    def launch(
-        self, grid: tuple[int, int], num_threads: int, args: ctypes.Structure, device: torch.device,
-        shared_bytes: int = 0,
-    ) -> None:
-        """Enqueue on the current stream. The kernel may begin while the one before still runs, and waits for it.
-        shared_bytes: of each block, beside what the kernel has for itself."""
+    @cached_property
+    def _handle(self) -> ctypes.c_void_p:
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        with torch.cuda.device(self._device):
+            torch.cuda.current_stream().synchronize()  # makes sure that the device has a context
+            _check(_driver().cuModuleLoadData(ctypes.byref(module), self._image()), f"loading {self._name}")
+            found = _driver().cuModuleGetFunction(ctypes.byref(function), module, self._name.encode())
+            _check(found, f"finding {self._name}")
+        return function
+
+    def launch(self, grid: tuple[int, int], num_threads: int, args: ctypes.Structure, shared_bytes: int = 0) -> None:
+        """Enqueue on the device's current stream. The kernel may begin while the one before still runs, and waits for
+        it. shared_bytes: of each block, beside what the kernel has for itself."""
+        if _compiler.get() is not None:
+            return
         if shared_bytes > self._most_shared:  # it gets some unasked, but how many is not told
             _check(_driver().cuFuncSetAttribute(self._handle, MAX_SHARED, shared_bytes), f"memory of {self._name}")
             self._most_shared = shared_bytes
         attribute = _Attribute(OVERLAP, b"", _Value(programmatic=1))
-        config = _Config(*grid, 1, num_threads, 1, 1, shared_bytes, torch.cuda.current_stream(device).cuda_stream,
-                         ctypes.pointer(attribute), int(torch.cuda.get_device_capability(device) >= HOPPER))
+        config = _Config(*grid, 1, num_threads, 1, 1, shared_bytes, torch.cuda.current_stream(self._device).cuda_stream,
+                         ctypes.pointer(attribute), int(torch.cuda.get_device_capability(self._device) >= HOPPER))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         launched = _driver().cuLaunchKernelEx(ctypes.byref(config), self._handle, pointers, None)
         _check(launched, f"launch of {self._name}")
 
 
 def load(source: str, name: str, defines: Mapping[str, int], device: torch.device) -> Function:
-    """The function `name` of a source file of this folder, compiled with some definitions. DeviceError if it is not."""
+    """The function `name` of a source file of this folder, compiled with some definitions. DeviceError if it cannot be,
+    when it is first launched."""
     major, minor = torch.cuda.get_device_capability(device)
     native = "a" if (major, minor) == HOPPER else ""  # instructions of this capability alone
     options = [f"--gpu-architecture=sm_{major}{minor}{native}", "--std=c++17", "--device-as-default-execution-space",
                *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
-    image = _cubin(_text(source), source, options)
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # makes sure that the device has a context
-        _check(_driver().cuModuleLoadData(ctypes.byref(module), image), f"loading {name}")
-        _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
-    return Function(name, function)
+    compile_it = partial(_cubin, _text(source), source, options)
+    executor = _compiler.get()
+    return Function(name, device, executor.submit(compile_it).result if executor else compile_it)
 
 
 def _text(source: str) -> str:

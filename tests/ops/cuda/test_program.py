@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pelton.errors import DeviceError, OutOfMemoryError
 from pelton.ops import gpu
@@ -35,6 +39,66 @@ def test_what_was_compiled_is_kept(compiled: list[str]) -> None:
     assert [program._cubin("text", "x.cu", ["-D"]) for _ in range(2)] == [b"machine code"] * 2
     assert program._cubin("other text", "x.cu", ["-D"]) == b"machine code"
     assert compiled == ["x.cu", "x.cu"]
+
+
+class Args(ctypes.Structure):
+    _fields_ = [("M", ctypes.c_int)]
+
+
+class Driver:
+    """Notes what is launched."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: self.called.append(name) or 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    driver = Driver()
+    monkeypatch.setattr(program, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    stream = SimpleNamespace(synchronize=lambda: None, cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    return driver
+
+
+def test_many_are_compiled_at_once_and_launched_later(
+    compiled: list[str], driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meet, compile_it = threading.Barrier(2, timeout=60), program._compile
+
+    def compile_with_others(*args: Any) -> bytes:
+        meet.wait()  # until another is being compiled too
+        return compile_it(*args)
+
+    monkeypatch.setattr(program, "_compile", compile_with_others)
+    args, device = Args(), torch.device("cuda", 0)
+    with ThreadPoolExecutor(2) as executor, program.compiling_by(executor):
+        functions = [program.load("open_codes.cu", "open_codes", {"BITS": bits}, device) for bits in (2, 4)]
+        for function in functions:
+            function.launch((1, 1), 32, args)
+    assert len(compiled) == 2 and not driver.called
+    functions[0].launch((1, 1), 32, args)
+    functions[0].launch((1, 1), 32, args, shared_bytes=9)
+    loaded = ["cuModuleLoadData", "cuModuleGetFunction"]
+    assert driver.called == [*loaded, "cuLaunchKernelEx", "cuFuncSetAttribute", "cuLaunchKernelEx"]
+
+
+def test_a_kernel_that_does_not_compile_is_said_at_its_launch(
+    compiled: list[str], driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> bytes:
+        raise DeviceError("does not compile")
+
+    monkeypatch.setattr(program, "_compile", fail)
+    with ThreadPoolExecutor(1) as executor, program.compiling_by(executor):
+        function = program.load("open_codes.cu", "open_codes", {}, torch.device("cuda", 0))
+    with pytest.raises(DeviceError, match="does not compile"):
+        function.launch((1, 1), 32, Args())
 
 
 @pytest.mark.parametrize("name", ["file", "n" * 300], ids=["a file", "a name that the system refuses"])
