@@ -53,9 +53,10 @@ def float8(shape: tuple[int, int]) -> Codes:
     return Codes(8, numbers.view(torch.uint8), scales, float8=True)
 
 
-def with_minima(shape: tuple[int, int]) -> Codes:
+def with_zeros(shape: tuple[int, int]) -> Codes:
+    """Zero points, as in AWQ."""
     parts = codes(shape, 4, 128)
-    return Codes(4, parts.codes, parts.scales, parts.scales * 8)
+    return Codes(4, parts.codes, parts.scales, zeros=torch.randint_like(parts.scales, 0, 16))
 
 
 def w8a8(shape: tuple[int, int]) -> Int8:
@@ -66,7 +67,7 @@ def w8a8(shape: tuple[int, int]) -> Int8:
 LAYOUTS: dict[str, Callable[[tuple[int, int]], Weight]] = {
     "bf16": lambda shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02,
     "int4": lambda shape: make_tiles(codes(shape, 4, 128, zero=8)),
-    "int4z": lambda shape: make_tiles(with_minima(shape)),
+    "int4z": lambda shape: make_tiles(with_zeros(shape)),
     "nf4": lambda shape: make_tiles(codes(shape, 4, 64, values=tuple(i / 8 - 1 for i in range(16)))),
     "q4_k": lambda shape: make_tiles(q4_k(shape)),
     "q6_k": lambda shape: make_tiles(codes(shape, 6, 16, zero=32)),

@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Codes:
-    """Rows of codes q, each group of columns with a scale d and perhaps a minimum m:
+    """Rows of codes q, each group of columns with a scale d and perhaps a minimum m or a zero point z:
 
-    w = d (q - zero), or d q - m, or d value[q], or with float8 d number(q).
+    w = d (q - zero), or d q - m, or d (q - z), or d value[q], or with float8 d number(q).
 
     Where `supers` are given, scales (and minima) are integers, multiples of numbers for more columns.
     """
@@ -21,6 +21,7 @@ class Codes:
     codes: Tensor  # uint8 [N, K]
     scales: Tensor  # float32 [N, K / group]; with supers uint8, or int8 where there are no minima
     mins: Tensor | None = None  # like scales
+    zeros: Tensor | None = None  # float32 (of integers) [N, K / group], in place of minima
     zero: int = 0
     values: tuple[float, ...] | None = None  # 16, where codes are indices
     supers: Tensor | None = None  # float32 (of float16) [N, K / columns of a super group]
@@ -35,6 +36,8 @@ class Codes:
             w = _by_group(table[self.codes.int()], d)
         elif self.float8:
             w = _by_group(self.codes.view(torch.float8_e4m3fn).float(), d)
+        elif self.zeros is not None:
+            w = (self.codes.view(*d.shape, -1) - self.zeros.unsqueeze(-1)) * d.unsqueeze(-1)
         elif self.zero:
             w = _by_group(self.codes.float() - self.zero, d)
         else:

@@ -259,11 +259,11 @@ def _codes(weight: LinearWeight) -> Codes:
         raise TypeError(f"{type(weight).__name__} has no codes")
     scales, zeros = weight.scales.float(), weight.zeros
     if isinstance(zeros, Tensor):
-        return Codes(weight.bits, weight.codes, scales, zeros.float() * scales)
+        return Codes(weight.bits, weight.codes, scales, zeros=zeros.float())
     return Codes(weight.bits, weight.codes, scales, zero=zeros)
 
 
-TENSORS = ("codes", "scales", "mins", "supers", "super_mins")
+TENSORS = ("codes", "scales", "mins", "zeros", "supers", "super_mins")
 
 
 def _rows(blocks: Codes, num_rows: int) -> Codes:

@@ -38,7 +38,8 @@ def make_tiles(parts: Codes) -> Tiles:
     codes, more = (torch.cat(planes) for planes in zip(*packed, strict=True))
     scale_bits, numbers = _scales(parts)
     return Tiles(
-        (num_out, num_in), parts.bits, group, parts.zero, scale_bits, parts.mins is not None, codes, more,
+        (num_out, num_in), parts.bits, group, parts.zero, scale_bits, parts.mins is not None or parts.zeros is not None,
+        parts.zeros is not None, codes, more,
         _by_lane(numbers, group, num_in),
         torch.empty(0, device=codes.device) if parts.supers is None else _by_lane(_supers(parts), 256, num_in),
         torch.tensor(parts.values or (), dtype=torch.float32, device=codes.device),
@@ -47,9 +48,9 @@ def make_tiles(parts: Codes) -> Tiles:
 
 
 def _scales(parts: Codes) -> tuple[int, Tensor]:
-    """Their bits, and scales and minima [N, groups, 1 or 2]."""
-    both = [parts.scales] if parts.mins is None else [parts.scales, parts.mins]
-    numbers = torch.stack(both, dim=-1)
+    """Their bits, and scales with minima or zero points [N, groups, 1 or 2]."""
+    both = parts.scales, parts.mins, parts.zeros
+    numbers = torch.stack([each for each in both if each is not None], dim=-1)
     if parts.supers is not None:
         return 8, numbers
     halves = numbers.half()

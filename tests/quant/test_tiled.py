@@ -56,6 +56,8 @@ def read(tiles: Tiles) -> Tensor:
             q = float(tiles.values[u]) if tiles.values.numel() else u - tiles.zero
             if tiles.float8:
                 q = spread(u, half=k % 2 == 0)
+            if tiles.has_zeros:
+                d[1] *= d[0]
             out[n, k] = d[0] * q - (d[1] if tiles.has_min else 0)
     return out
 
@@ -93,13 +95,20 @@ def k_quant(bits: int, group: int, minima: bool) -> Codes:
         codes(4, 32, zero=8), codes(4, 128, zero=8), codes(5, 32, zero=16), codes(8, 32, zero=128),
         codes(8, 100, num_in=100, zero=128), codes(4, 64, values=tuple(map(float, range(16)))),
         Codes(4, codes(4, 64).codes, torch.rand(24, 4), torch.rand(24, 4)),
+        codes(4, 128, zeros=torch.randint(0, 16, (24, 2)).float()), codes(3, 16, zeros=torch.full((24, 16), 5.0)),
         float8(256, 128), float8(192, 192),
         k_quant(2, 16, True), k_quant(3, 16, False), k_quant(4, 32, True), k_quant(5, 32, True), k_quant(6, 16, False),
     ],
-    ids=lambda parts: f"{parts.bits}-{parts.scales.shape[1]}-{parts.mins is not None}",
+    ids=lambda parts: f"{parts.bits}-{parts.scales.shape[1]}-{parts.mins is not None}-{parts.zeros is not None}",
 )
 def test_tiles_hold_the_codes(parts: Codes) -> None:
     torch.testing.assert_close(read(make_tiles(parts)), parts.weights(), rtol=1e-6, atol=1e-6)
+
+
+def test_zero_points_take_no_more_than_their_scales() -> None:
+    """They times scales are no halves."""
+    tiles = make_tiles(codes(4, 128, zeros=torch.randint(0, 16, (24, 2)).float()))
+    assert tiles.scale_bits == 16 and tiles.scales.nbytes == 32 * 2 * 2 * 2  # rows, groups, (d, z), bytes
 
 
 @pytest.mark.parametrize("half", [False, True])

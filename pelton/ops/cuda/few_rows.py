@@ -152,12 +152,12 @@ def _has_values(weight: Tensor | Tiles) -> bool:
 
 def _layout(weight: Tensor | Tiles) -> Mapping[str, int]:
     if isinstance(weight, Tensor):
-        return {"NUMBERS": 1, "BITS": 16, "GROUP": 64, "SCALE": 16, "MIN": 0, "ZERO": 0, "LOOKUP": 0, "FLOAT8": 0,
-                "INT8": 0}
+        return {"NUMBERS": 1, "BITS": 16, "GROUP": 64, "SCALE": 16, "MIN": 0, "ZEROS": 0, "ZERO": 0, "LOOKUP": 0,
+                "FLOAT8": 0, "INT8": 0}
     return {
         "NUMBERS": 0, "BITS": weight.bits, "GROUP": weight.group, "SCALE": weight.scale_bits,
-        "MIN": int(weight.has_min), "ZERO": weight.zero, "LOOKUP": int(_has_values(weight)),
-        "FLOAT8": int(weight.float8), "INT8": 0,
+        "MIN": int(weight.has_min), "ZEROS": int(weight.has_zeros), "ZERO": weight.zero,
+        "LOOKUP": int(_has_values(weight)), "FLOAT8": int(weight.float8), "INT8": 0,
     }
 
 

@@ -1,13 +1,13 @@
 // What the kernels over weights in tiles share: their arguments, and how a lane reads codes and scales (quant/tiled.py).
 //
 // w is numbers [N, K], or packed codes: unsigned integers u of BITS bits, for each group of columns with a scale d and a
-// minimum m or a fixed zero:  w = d u - m,  w = d (u - ZERO),  or with LOOKUP  w = d value[u]. With FLOAT8 codes of 8 bits
-// are float8_e4m3fn. With INT8 x and w are int8 numbers, two where one of 16 bits would lie (K counts these), each row of
-// either has a scale, and sums are exact.
+// minimum m, a zero point z or a fixed zero:  w = d u - m,  w = d (u - z),  w = d (u - ZERO),  or with LOOKUP
+// w = d value[u]. With FLOAT8 codes of 8 bits are float8_e4m3fn. With INT8 x and w are int8 numbers, two where one of 16
+// bits would lie (K counts these), each row of either has a scale, and sums are exact.
 //
 // Defined when compiled: HALF (1: float16, 0: bfloat16), NUMBERS or BITS, GROUP, SCALE (16, 32: floats; 8: multiples of a
-// float16 for each 256 columns), MIN, ZERO, LOOKUP, FLOAT8, INT8, OUT32; GATE (1: silu, 2: gelu by tanh): w is [gate | up], and
-// out[m, n] = gate(..) up.
+// float16 for each 256 columns), MIN (m or z), ZEROS (z), ZERO, LOOKUP, FLOAT8, INT8, OUT32; GATE (1: silu, 2: gelu by
+// tanh): w is [gate | up], and out[m, n] = gate(..) up.
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -18,7 +18,7 @@ struct Args {
     const u16* x;         // [M, K], rows x_stride apart
     const u8* codes;      // numbers, or [N / 16][K / 64][lane] codes
     const u8* more;       // further bits of the codes, likewise
-    const u8* scales;     // [N / 16][K / GROUP][8 rows][row, row + 8][d (, m)]; with INT8 [N] floats
+    const u8* scales;     // [N / 16][K / GROUP][8 rows][row, row + 8][d (, m or z)]; with INT8 [N] floats
     const u8* supers;     // [N / 16][K / 256][8 rows][row, row + 8][d (, m)] float16
     const float* values;  // [16], with LOOKUP
     const u16* bias;      // [N] of x's type, or null
@@ -283,10 +283,11 @@ __device__ __forceinline__ u32 code_pair(const Codes& p, int s, int j) {
 // A scale (which = 0) or minimum, times a factor.
 __device__ __forceinline__ float scale_of(const Scales& p, int r, int group, int which, float factor = 1.0f) {
     const int i = (r * GROUPS + group) * PER_GROUP + which;
-#if SCALE == 16
-    return factor * half_to_float(p.scales[i]);
-#elif SCALE == 32
-    return factor * p.scales[i];
+#if SCALE != 8
+    const auto number = [&](int i) {
+        return SCALE == 16 ? half_to_float(u16(p.scales[i])) : float(p.scales[i]);
+    };
+    return factor * (ZEROS && which ? number(i - 1) * number(i) : number(i));
 #else
     // A byte as a float without a conversion: 2^23 + u. A super times 2^23 is exact, times 2^23 + 128 it may not be.
     const float super = factor * half_to_float(p.supers[r * PER_GROUP + which]);

@@ -46,6 +46,11 @@ def integers(bits: int, group: int, mins: bool, num_in: int = NUM_IN) -> Codes:
     return Codes(bits, codes, scales, scales * 7 if mins else None, zero=0 if mins else 1 << (bits - 1))
 
 
+def with_zeros(parts: Codes) -> Codes:
+    zeros = torch.randint(0, 1 << parts.bits, parts.scales.shape, device="cuda").float()
+    return Codes(parts.bits, parts.codes, parts.scales.half().float(), zeros=zeros)
+
+
 def float8(group: int, num_in: int = NUM_IN) -> Codes:
     """Every number there is."""
     numbers = torch.arange(256, dtype=torch.uint8, device="cuda")
@@ -63,6 +68,8 @@ LAYOUTS = {
     **{name: lambda name=name: blocks(name) for name in CODED},
     "int4 group 128": lambda: integers(4, 128, False),
     "int4 group 64 with minima": lambda: integers(4, 64, True),
+    "int4 group 128 with zero points": lambda: with_zeros(integers(4, 128, False)),
+    "int3 group 16 with zero points": lambda: with_zeros(integers(3, 16, False)),
     "int4 group 32": lambda: integers(4, 32, False),
     "int4 of 1216 columns with minima": lambda: integers(4, 64, True, num_in=1216),
     "int8 per channel": lambda: integers(8, NUM_IN, False),
