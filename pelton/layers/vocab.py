@@ -53,12 +53,15 @@ class LMHead:
             return cls(ckpt.packed(ckpt.linear(name, shape, rows)), softcap, ckpt.ranks)
         return cls(embedding.weight if tied else ckpt.packed(ckpt.linear(name, shape)), softcap)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[M, d_model] -> [M, V] float32."""
-        logits = self.weight.logits(x)
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[M, d_model] -> [M, V] float32, written to `out` if that is given."""
+        logits = self.weight.logits(x, out if self.gathered.size == 1 else None)
         if self.softcap is not None:
             ops.softcap_(logits, self.softcap)
-        return self.gathered.all_gather(logits)
+        if self.gathered.size == 1:
+            return logits
+        logits = self.gathered.all_gather(logits)
+        return logits if out is None else out.copy_(logits)
 
 
 def _is_shared(ckpt: Checkpoint, vocab_size: int) -> bool:

@@ -58,9 +58,9 @@ class Model(ABC):
         """Build the model from its checkpoint; ModelFormatError names what is missing or misshapen."""
         return cls(ckpt, cls.parse(ckpt.config))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[M, d_model] -> [M, V] float32."""
-        return self.lm_head(hidden)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[M, d_model] -> [M, V] float32, written to `out` if that is given."""
+        return self.lm_head(hidden, out)
 
 
 def find_model(config: Mapping[str, Any]) -> type[Model]:

@@ -35,8 +35,9 @@ class OnGPU(LinearWeight):
         self.write(x, out, bias, accumulate=add_to is not None)
         return out
 
-    def logits(self, x: Tensor) -> Tensor:
-        out = x.new_empty(x.shape[0], self.shape[0], dtype=torch.float32)
+    def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = x.new_empty(x.shape[0], self.shape[0], dtype=torch.float32)
         self.write(x, out, None, accumulate=False)
         return out
 

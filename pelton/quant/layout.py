@@ -39,9 +39,10 @@ class LinearWeight(ABC):
         gate: "silu" or "gelu_tanh"."""
         return None
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x W^T in float32: [T, K] -> [T, N]."""
-        return self.matmul(x).float()
+    def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x W^T in float32: [T, K] -> [T, N], written to `out` if that is given."""
+        y = self.matmul(x).float()
+        return y if out is None else out.copy_(y)
 
     def part(self, rows: range, columns: range) -> LinearWeight:
         """Some adjacent rows and columns of W, in the same layout, with memory of their own. ConfigError if the columns

@@ -121,6 +121,6 @@ class Graphs(Captured):
 
         hidden = self._model.forward(self.buffers.batch(size, size))
         self._hidden[:size].copy_(hidden)
-        self.logits[:size].copy_(self._model.logits(hidden))
+        self._model.logits(hidden, self.logits[:size])
         inputs = self.buffers.device
         choose_(self.token_ids[:size], self.logits[:size], inputs.draw_wholes[:size], inputs.draw_factors[:size])

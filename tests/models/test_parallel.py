@@ -267,10 +267,10 @@ def test_steps_that_do_not_fit_change_no_output(team: Build, monkeypatch: pytest
     core = team(config, 2)
     logits = find_model(config).logits
 
-    def limited(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+    def limited(self: Any, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         if len(hidden) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return logits(self, hidden)
+        return logits(self, hidden, out)
 
     monkeypatch.setattr(find_model(config), "logits", limited)
     assert_same(run(core), expected)

@@ -287,8 +287,8 @@ def test_steps_captured_when_they_are_needed() -> None:
     assert [*graphs._captured] == [8] and [*at_start.runner.graph._captured] == [8, 4, 2, 1]
     logits = model.logits
 
-    def flaky(hidden: Tensor) -> Tensor:
-        found = logits(hidden)
+    def flaky(hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        found = logits(hidden, out)
         if failures and hidden.shape[0] > 1 and torch.cuda.is_current_stream_capturing():
             failures.pop()
             raise torch.OutOfMemoryError("CUDA out of memory.")
