@@ -62,7 +62,7 @@ def test_sliding_window_prefix_and_chunks_change_nothing(pair: tuple[LLM, Any]) 
     prompt_ids = llm.get_tokenizer().encode(" ".join(f"{i} squared is {i * i}." for i in range(80)))[:900]
     params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
     first, second = (llm.generate(prompt_ids, params, use_tqdm=False)[0] for _ in range(2))
-    assert first.num_cached_tokens == 0 and second.num_cached_tokens > 800
+    assert first.num_cached_tokens == 0 and second.num_cached_tokens > 700
     assert first.outputs[0].token_ids == second.outputs[0].token_ids
     token_ids = [*prompt_ids, *first.outputs[0].token_ids]
     with torch.inference_mode():
