@@ -11,11 +11,12 @@ import hashlib
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,11 @@ class Function:
         self._name = name
         self._device = device
         self._image = image
+        self._lock = threading.Lock()  # of what follows: engines in several threads share functions
+        self._handle: ctypes.c_void_p | None = None
         self._most_shared = 0  # bytes that it may have
 
-    @cached_property
-    def _handle(self) -> ctypes.c_void_p:
+    def _load(self) -> ctypes.c_void_p:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(self._device):
             torch.cuda.current_stream().synchronize()  # makes sure that the device has a context
@@ -68,19 +70,27 @@ class Function:
             _check(found, f"finding {self._name}")
         return function
 
+    def _ready(self, shared_bytes: int) -> ctypes.c_void_p:
+        """The function on the device, which may have so much memory from now on."""
+        with self._lock:
+            if self._handle is None:
+                self._handle = self._load()
+            if shared_bytes > self._most_shared:  # it gets some unasked, but how many is not told
+                _check(_driver().cuFuncSetAttribute(self._handle, MAX_SHARED, shared_bytes), f"memory of {self._name}")
+                self._most_shared = shared_bytes
+            return self._handle
+
     def launch(self, grid: tuple[int, int], num_threads: int, args: ctypes.Structure, shared_bytes: int = 0) -> None:
         """Enqueue on the device's current stream. The kernel may begin while the one before still runs, and waits for
         it. shared_bytes: of each block, beside what the kernel has for itself."""
         if _compiler.get() is not None:
             return
-        if shared_bytes > self._most_shared:  # it gets some unasked, but how many is not told
-            _check(_driver().cuFuncSetAttribute(self._handle, MAX_SHARED, shared_bytes), f"memory of {self._name}")
-            self._most_shared = shared_bytes
+        function = self._ready(shared_bytes)
         attribute = _Attribute(OVERLAP, b"", _Value(programmatic=1))
         config = _Config(*grid, 1, num_threads, 1, 1, shared_bytes, torch.cuda.current_stream(self._device).cuda_stream,
                          ctypes.pointer(attribute), int(torch.cuda.get_device_capability(self._device) >= HOPPER))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
-        launched = _driver().cuLaunchKernelEx(ctypes.byref(config), self._handle, pointers, None)
+        launched = _driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
         _check(launched, f"launch of {self._name}")
 
 
@@ -113,7 +123,7 @@ def _cubin(text: str, source: str, options: Sequence[str]) -> bytes:
     image = _compile(nvrtc, text, source, options)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        new = kept.with_suffix(f".{os.getpid()}")
+        new = kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}")  # others may write the same
         new.write_bytes(image)
         new.replace(kept)
     except OSError as error:  # a home that cannot be written to, or a full disk
@@ -124,15 +134,16 @@ def _cubin(text: str, source: str, options: Sequence[str]) -> bytes:
 def _compile(nvrtc: ctypes.CDLL, text: str, source: str, options: Sequence[str]) -> bytes:
     program = ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), source.encode(), 0, None, None)
-    given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    failed = nvrtc.nvrtcCompileProgram(program, len(options), given)
-    if failed:
-        log = _result(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
-        logger.error("%s", log)
-        raise DeviceError(f"{source} does not compile for this GPU ({' '.join(options)}); the log tells why")
-    image = _result(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
-    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return image
+    try:
+        given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        failed = nvrtc.nvrtcCompileProgram(program, len(options), given)
+        if failed:
+            log = _result(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
+            logger.error("%s", log)
+            raise DeviceError(f"{source} does not compile for this GPU ({' '.join(options)}); the log tells why")
+        return _result(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
 def _result(size_of: Any, read: Any, program: ctypes.c_void_p) -> bytes:

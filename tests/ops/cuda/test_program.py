@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +39,37 @@ def test_what_was_compiled_is_kept(compiled: list[str]) -> None:
     assert [program._cubin("text", "x.cu", ["-D"]) for _ in range(2)] == [b"machine code"] * 2
     assert program._cubin("other text", "x.cu", ["-D"]) == b"machine code"
     assert compiled == ["x.cu", "x.cu"]
+
+
+def test_two_threads_keep_the_same_program(
+    compiled: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    meet, write = threading.Barrier(2, timeout=60), Path.write_bytes
+
+    def write_with_another(path: Path, data: bytes) -> int:
+        meet.wait()  # none has been kept yet
+        written = write(path, data)
+        meet.wait()
+        return written
+
+    monkeypatch.setattr(Path, "write_bytes", write_with_another)
+    with ThreadPoolExecutor(2) as executor:
+        images = list(executor.map(lambda _: program._cubin("text", "x.cu", []), range(2)))
+    assert images == [b"machine code"] * 2 and len(compiled) == 2 and not caplog.text
+    assert [kept.suffix for kept in program.KEPT.iterdir()] == [".cubin"]
+
+
+@pytest.mark.parametrize("status", [0, 6])
+def test_the_compiler_forgets_every_program(status: int) -> None:
+    done: list[str] = []
+
+    class Compiler:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args: done.append(name) or (status if name == "nvrtcCompileProgram" else 0)
+
+    with pytest.raises(DeviceError, match="x.cu does not compile for this GPU") if status else nullcontext():
+        program._compile(Compiler(), "text", "x.cu", ["-D"])  # type: ignore[arg-type]
+    assert done[0] == "nvrtcCreateProgram" and done[-1] == "nvrtcDestroyProgram"
 
 
 class Args(ctypes.Structure):
@@ -99,6 +130,39 @@ def test_a_kernel_that_does_not_compile_is_said_at_its_launch(
         function = program.load("open_codes.cu", "open_codes", {}, torch.device("cuda", 0))
     with pytest.raises(DeviceError, match="does not compile"):
         function.launch((1, 1), 32, Args())
+
+
+def test_two_threads_load_a_function_once(driver: Driver) -> None:
+    meet, used = threading.Barrier(2), []
+
+    def image() -> bytes:
+        used.append(None)
+        with suppress(threading.BrokenBarrierError):
+            meet.wait(0.1)  # long enough for another, if it may
+        return b"machine code"
+
+    function = program.Function("f", torch.device("cuda", 0), image)
+    with ThreadPoolExecutor(2) as executor:
+        list(executor.map(lambda _: function.launch((1, 1), 32, Args()), range(2)))
+    assert len(used) == 1 and driver.called.count("cuModuleLoadData") == 1
+    assert driver.called.count("cuLaunchKernelEx") == 2
+
+
+def test_two_threads_give_a_function_the_most_memory(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    more, given = threading.Event(), []
+
+    def set_attribute(handle: Any, attribute: int, value: int) -> int:
+        if value == 1:
+            more.wait(0.1)  # until the other thread has more, if it may
+        given.append(value)
+        more.set()
+        return 0
+
+    monkeypatch.setattr(driver, "cuFuncSetAttribute", set_attribute, raising=False)
+    function = program.Function("f", torch.device("cuda", 0), lambda: b"machine code")
+    with ThreadPoolExecutor(2) as executor:
+        list(executor.map(lambda n: function.launch((1, 1), 32, Args(), shared_bytes=n), (1, 2)))
+    assert given[-1] == 2
 
 
 @pytest.mark.parametrize("name", ["file", "n" * 300], ids=["a file", "a name that the system refuses"])
