@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
@@ -66,20 +66,31 @@ _NOTHING = SimpleNamespace(
 class _Later(triton.AsyncCompileMode):  # type: ignore[misc]
     """Kernels are compiled by an executor, and not launched meanwhile."""
 
+    def __init__(self, executor: Executor) -> None:
+        super().__init__(executor, ignore_errors=True)  # else one that does not compile leaves the mode active
+        self._submitted: list[Any] = []
+
     def submit(self, *given: Any) -> Any:  # versions of Triton give different things
-        super().submit(*given)
+        self._submitted.append(super().submit(*given))
         return _NOTHING
+
+    def check(self) -> None:
+        """Raises what kept a kernel from being compiled."""
+        for kernel in self._submitted:
+            kernel.result()
 
 
 @contextmanager
 def only_compiling() -> Iterator[None]:
     """What is launched in this context and is not compiled yet is compiled instead, side by side, which is done at the
-    context's end. So what is computed is of no use; it must not matter to what is launched."""
+    context's end. So what is computed is of no use; it must not matter to what is launched. At the end DeviceError if
+    CUDA C++ does not compile, Triton's error if a kernel of its own does not."""
     if knobs.runtime.interpret:
         yield
         return
-    with ThreadPoolExecutor(os.cpu_count()) as executor, _Later(executor), compiling_by(executor):
+    with ThreadPoolExecutor(os.cpu_count()) as executor, _Later(executor) as later, compiling_by(executor):
         yield
+    later.check()
 
 
 def on_gpu(*tensors: Tensor | None) -> bool:

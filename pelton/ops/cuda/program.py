@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache, partial
@@ -35,18 +35,23 @@ OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: begin befo
 MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
-# What compiles programs in this context, which launches nothing meanwhile.
-_compiler: ContextVar[Executor | None] = ContextVar("compiler", default=None)
+# What compiles programs in this context, which launches nothing meanwhile, and what it has been given.
+_compiling: ContextVar[tuple[Executor, list[Future[bytes]]] | None] = ContextVar("compiling", default=None)
 
 
 @contextmanager
 def compiling_by(executor: Executor) -> Iterator[None]:
-    """Programs that are loaded in this context are compiled by the executor, side by side; no function is launched."""
-    before = _compiler.set(executor)
+    """Programs that are loaded in this context are compiled by the executor, side by side; no function is launched.
+    Returns when all are; DeviceError if one cannot be."""
+    images: list[Future[bytes]] = []
+    before = _compiling.set((executor, images))
     try:
         yield
     finally:
-        _compiler.reset(before)
+        _compiling.reset(before)
+    wait(images)
+    for image in images:
+        image.result()
 
 
 class Function:
@@ -83,7 +88,7 @@ class Function:
     def launch(self, grid: tuple[int, int], num_threads: int, args: ctypes.Structure, shared_bytes: int = 0) -> None:
         """Enqueue on the device's current stream. The kernel may begin while the one before still runs, and waits for
         it. shared_bytes: of each block, beside what the kernel has for itself."""
-        if _compiler.get() is not None:
+        if _compiling.get() is not None:
             return
         function = self._ready(shared_bytes)
         attribute = _Attribute(OVERLAP, b"", _Value(programmatic=1))
@@ -95,15 +100,19 @@ class Function:
 
 
 def load(source: str, name: str, defines: Mapping[str, int], device: torch.device) -> Function:
-    """The function `name` of a source file of this folder, compiled with some definitions. DeviceError if it cannot be,
-    when it is first launched."""
+    """The function `name` of a source file of this folder, compiled with some definitions. DeviceError if it cannot be:
+    when it is first launched, or as `compiling_by` says."""
     major, minor = torch.cuda.get_device_capability(device)
     native = "a" if (major, minor) == HOPPER else ""  # instructions of this capability alone
     options = [f"--gpu-architecture=sm_{major}{minor}{native}", "--std=c++17", "--device-as-default-execution-space",
                *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
     compile_it = partial(_cubin, _text(source), source, options)
-    executor = _compiler.get()
-    return Function(name, device, executor.submit(compile_it).result if executor else compile_it)
+    compiling = _compiling.get()
+    if compiling is None:
+        return Function(name, device, compile_it)
+    executor, images = compiling
+    images.append(executor.submit(compile_it))
+    return Function(name, device, images[-1].result)
 
 
 def _text(source: str) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from pelton.errors import DeviceError, OutOfMemoryError
 from pelton.ops import gpu
-from pelton.ops.cuda import program
+from pelton.ops.cuda import launch, program
 
 
 @pytest.fixture
@@ -97,6 +97,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return driver
 
 
+def load(*bits: int) -> list[program.Function]:
+    return [program.load("open_codes.cu", "open_codes", {"BITS": n}, torch.device("cuda", 0)) for n in bits]
+
+
 def test_many_are_compiled_at_once_and_launched_later(
     compiled: list[str], driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,9 +111,9 @@ def test_many_are_compiled_at_once_and_launched_later(
         return compile_it(*args)
 
     monkeypatch.setattr(program, "_compile", compile_with_others)
-    args, device = Args(), torch.device("cuda", 0)
+    args = Args()
     with ThreadPoolExecutor(2) as executor, program.compiling_by(executor):
-        functions = [program.load("open_codes.cu", "open_codes", {"BITS": bits}, device) for bits in (2, 4)]
+        functions = load(2, 4)
         for function in functions:
             function.launch((1, 1), 32, args)
     assert len(compiled) == 2 and not driver.called
@@ -119,17 +123,59 @@ def test_many_are_compiled_at_once_and_launched_later(
     assert driver.called == [*loaded, "cuLaunchKernelEx", "cuFuncSetAttribute", "cuLaunchKernelEx"]
 
 
+def fail(nvrtc: Any, text: str, source: str, options: Sequence[str]) -> bytes:
+    """In place of `_compile`."""
+    if "-DBITS=4" in options:
+        raise DeviceError("4 bits do not compile")
+    return b"machine code"
+
+
+def test_a_kernel_that_does_not_compile_is_said_when_all_are_compiled(
+    compiled: list[str], driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "_compile", fail)
+    with ThreadPoolExecutor(1) as executor:
+        with pytest.raises(DeviceError, match="4 bits do not compile"), program.compiling_by(executor):
+            load(2, 4, 5)
+        assert len(list(program.KEPT.iterdir())) == 2
+        with pytest.raises(KeyError), program.compiling_by(executor):  # what fails first is said
+            load(4)
+            raise KeyError
+    load(2)[0].launch((1, 1), 32, Args())
+    assert driver.called[-1] == "cuLaunchKernelEx"
+
+
 def test_a_kernel_that_does_not_compile_is_said_at_its_launch(
     compiled: list[str], driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: Any) -> bytes:
-        raise DeviceError("does not compile")
-
     monkeypatch.setattr(program, "_compile", fail)
-    with ThreadPoolExecutor(1) as executor, program.compiling_by(executor):
-        function = program.load("open_codes.cu", "open_codes", {}, torch.device("cuda", 0))
-    with pytest.raises(DeviceError, match="does not compile"):
-        function.launch((1, 1), 32, Args())
+    with pytest.raises(DeviceError, match="4 bits do not compile"):
+        load(4)[0].launch((1, 1), 32, Args())
+
+
+@pytest.mark.parametrize("of_triton", [False, True])
+def test_after_a_kernel_that_does_not_compile_others_can_be(
+    compiled: list[str], driver: Driver, monkeypatch: pytest.MonkeyPatch, of_triton: bool
+) -> None:
+    """In Triton's mode too, which it lets nobody enter twice."""
+    from triton.runtime._async_compile import active_mode
+
+    def compile_kernel() -> str:
+        raise RuntimeError("Triton's kernel does not compile")
+
+    monkeypatch.setattr(launch.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(program, "_compile", fail)
+    made: list[str] = []
+    with pytest.raises(RuntimeError if of_triton else DeviceError, match="not compile"), launch.only_compiling():
+        mode = active_mode.get()
+        mode.submit("good", lambda: "kernel", made.append)
+        if of_triton:
+            mode.submit("bad", compile_kernel, made.append)
+        else:
+            load(4)
+    assert made == ["kernel"]
+    with launch.only_compiling():
+        load(2)
 
 
 def test_two_threads_load_a_function_once(driver: Driver) -> None:
