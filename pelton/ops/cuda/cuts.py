@@ -12,7 +12,7 @@ from typing import ClassVar
 from pelton.ops.tiles import COLUMNS, ROWS
 
 MAX_ROWS = 64
-MAX_DENSE_ROWS = 8  # of dense_rows.cu: an mma has so many columns for rows of x
+MMA_ROWS = 8  # of x that one mma multiplies with: the most of dense_rows.cu
 MAX_SHARING = 4  # blocks for each multiprocessor, of those that share columns with others; so many are counted
 TABLE_BYTES = 10 << 10  # of a block's shared memory: what is not counted, and more_rows.cu's table of values
 RESERVED_BYTES = 2 << 10  # of a block's shared memory: what is not counted
@@ -97,7 +97,8 @@ class More(Cut):
 @dataclass(frozen=True)
 class Dense(Cut):
     """How dense_rows.cu cuts the work: warps of a block, columns that a warp copies at a time, and how many such copies
-    of 16 rows are on their way."""
+    of 16 rows are on their way. Beside that, blocks of the grid, and the rows and columns of x, all of which a block
+    holds in memory: they are given at launch."""
 
     WARPS: int
     CHUNK: int
@@ -234,6 +235,6 @@ def dense(num_rows: int, num_out: int, num_in: int, processors: int, shared_memo
     for warps in (16, 8):
         for stages in (2,) if num_tiles <= 2 * processors else (3, 2):
             cut = Dense(warps, 128, stages, min(processors, num_tiles), num_rows, num_in)
-            if num_rows <= MAX_DENSE_ROWS and cut.shared_bytes(0) + RESERVED_BYTES <= shared_memory:
+            if num_rows <= MMA_ROWS and cut.shared_bytes(0) + RESERVED_BYTES <= shared_memory:
                 return cut
     return None

@@ -67,7 +67,8 @@ def _cut(x: Tensor, weight: Tensor | Tiles, is_gated: bool, same: bool) -> Cut:
     num_rows, (num_out, num_in), is_dense = x.shape[0], weight.shape, isinstance(weight, Tensor)
     given = num_rows, num_out, num_in, is_gated
     processors, memory = num_processors(x.device), shared_memory(x.device)
-    if is_dense and not same and (dense := _cut_dense(x, weight)):
+    dense = _cut_dense(x, weight) if is_dense and not same else None
+    if dense is not None:
         return dense
     if cuts.is_few(num_rows, num_out, num_in, processors, same):
         return cuts.few(*given, is_dense, processors, same)
