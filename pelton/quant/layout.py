@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pelton import ops
-from pelton.errors import ConfigError
+from pelton.errors import ConfigError, ModelFormatError
 from pelton.quant import FORMATS
 from pelton.weights.stored import BlockType
 
@@ -106,14 +106,13 @@ class Int(LinearWeight):
         self.zeros = zeros
         self.order = order
         self.shape = (codes.shape[0], codes.shape[1])
-        self.group = -(-codes.shape[1] // scales.shape[1])
+        self.group = _group_size(codes, scales)
 
     def dequantize(self) -> Tensor:
-        scales, zeros = self.scales, self.zeros
-        scales = scales.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
+        zeros = self.zeros
         if isinstance(zeros, Tensor):
-            zeros = zeros.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
-        weights = (self.codes.float() - zeros) * scales
+            zeros = zeros.repeat_interleave(self.group, dim=1)
+        weights = (self.codes.float() - zeros) * self.scales.repeat_interleave(self.group, dim=1)
         if self.order is None:
             return weights
         return torch.empty_like(weights).index_copy_(1, self.order, weights)
@@ -189,11 +188,10 @@ class Codebook4(LinearWeight):
         self.scales = scales
         self.values = values
         self.shape = (codes.shape[0], codes.shape[1])
-        self.group = -(-codes.shape[1] // scales.shape[1])
+        self.group = _group_size(codes, scales)
 
     def dequantize(self) -> Tensor:
-        scales = self.scales.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
-        return self.values[self.codes.long()] * scales
+        return self.values[self.codes.long()] * self.scales.repeat_interleave(self.group, dim=1)
 
     def part(self, rows: range, columns: range) -> LinearWeight:
         groups = _groups(columns, self.group, self.shape)
@@ -216,16 +214,29 @@ def _cut(x: Tensor, rows: range, columns: range | slice) -> Tensor:
     return x[rows.start : rows.stop, columns.start : columns.stop].clone()
 
 
+def _group_size(codes: Tensor, scales: Tensor) -> int:
+    """Columns of each group, of codes [N, K] and scales [N, groups]. ModelFormatError if not all can have as many: how
+    many the last one has does not follow from shapes, and who reads a file with a shorter one is to make groups of one
+    size, as Float8 does."""
+    num_in, num_groups = codes.shape[1], scales.shape[1]
+    if num_in % num_groups:
+        raise ModelFormatError(
+            f"a weight {list(codes.shape)} has {num_groups} groups of columns, which cannot all be as large; use a "
+            f"checkpoint with a group size that divides {num_in}"
+        )
+    return num_in // num_groups
+
+
 def _groups(columns: range, group: int, shape: tuple[int, int]) -> range:
     """The groups of `group` columns that some columns of a weight [N, K] are. ConfigError if they cut one."""
     if group >= shape[1]:
         return range(1)
-    if columns.start % group or (columns.stop % group and columns.stop != shape[1]):
+    if columns.start % group or columns.stop % group:
         raise ConfigError(
             f"a weight {list(shape)} has groups of {group} columns, which would be cut at {columns.start} and "
             f"{columns.stop}; use a smaller --tensor-parallel-size"
         )
-    return range(columns.start // group, -(-columns.stop // group))
+    return range(columns.start // group, columns.stop // group)
 
 
 def fuse(parts: Sequence[LinearWeight]) -> LinearWeight:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pelton.errors import ConfigError
+from pelton.errors import ConfigError, ModelFormatError
 from pelton.quant.layout import W8A8, Blocks, Codebook4, Dense, Float8, Int, LinearWeight, Stack, fuse
 from pelton.weights.dummy import LAYOUTS
 from pelton.weights.stored import BlockType
@@ -59,6 +59,14 @@ def test_codebook_by_hand() -> None:
     weight = Codebook4(torch.tensor([[0, 15, 1]], dtype=torch.uint8), torch.tensor([[2.0]]), torch.arange(16).float())
     assert weight.dequantize().tolist() == [[0.0, 30.0, 2.0]]
     check(weight)
+
+
+def test_groups_have_one_size() -> None:
+    """576 columns are four groups of 128 and one of 64, or of other sizes: shapes do not tell."""
+    codes, scales = torch.zeros(6, 576, dtype=torch.uint8), torch.ones(6, 5)
+    for make in (lambda: Int(4, codes, scales, 8), lambda: Codebook4(codes, scales, torch.arange(16).float())):
+        with pytest.raises(ModelFormatError, match=r"a weight \[6, 576\] has 5 groups .* that divides 576"):
+            make()
 
 
 def float8(n: int, k: int) -> torch.Tensor:
