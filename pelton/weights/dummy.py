@@ -19,8 +19,19 @@ GROUP, NF4_GROUP = 128, 64  # float8's blocks have 128 rows and columns
 Shape = tuple[int, int]
 
 
+class Unmade(LinearWeight):
+    """A weight of a model whose weights are only counted."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+
+    def dequantize(self) -> Tensor:
+        raise NotImplementedError
+
+
 class DummyCheckpoint(Checkpoint):
-    """Has every tensor that is asked for: random, the same for the same name, shape and seed."""
+    """Has every tensor that is asked for: random, the same for the same name, shape and seed. On the device "meta" they
+    are only counted."""
 
     def __init__(
         self, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int = 0, scale: float = 0.02,
@@ -43,8 +54,8 @@ class DummyCheckpoint(Checkpoint):
         """Normal with deviation `scale`; around 1 for norms."""
         name = self.full_name(name)
         self._counter.num_weights += math.prod(shape)
-        if self.device.type == "meta":
-            return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
+        if self.device.type == "meta":  # vectors are added to: there that would import torch's compiler, for seconds
+            return torch.empty(shape, device="cpu" if len(shape) == 1 else "meta", dtype=dtype or self.dtype)
         values = torch.randn(shape, generator=self._generator(name), device=self.device) * self._scale
         if "norm" in name:
             values += 1
@@ -53,7 +64,10 @@ class DummyCheckpoint(Checkpoint):
     def linear(
         self, name: str, shape: Shape, rows: range | None = None, columns: range | None = None
     ) -> LinearWeight:
-        if self._layout is None or self.device.type == "meta" or ".layers." not in self.full_name(name):
+        if self.device.type == "meta":
+            self._counter.num_weights += math.prod(shape)
+            return Unmade(shape)
+        if self._layout is None or ".layers." not in self.full_name(name):
             weight: LinearWeight = Dense(self.tensor(name, shape))
         else:
             weight = LAYOUTS[self._layout](shape, self._scale, self._generator(self.full_name(name)))
