@@ -13,7 +13,7 @@ from torch import Tensor
 from pelton import ops
 from pelton.config import KVLayer
 from pelton.errors import ConfigError, ModelFormatError
-from pelton.layers.batch import Batch
+from pelton.layers.batch import Batch, select
 from pelton.layers.linear import Linear
 from pelton.layers.norm import RMSNorm
 from pelton.layers.rope import Angles
@@ -90,8 +90,11 @@ class Attention:
             q_norm, k_norm = (load_head_norm(ckpt.at(name), s.head_size) for name in ("q_norm", "k_norm"))
             self.head_norms = q_norm.weight, k_norm.weight, q_norm.eps
 
-    def __call__(self, x: Tensor, angles: Angles, batch: Batch, add_to: Tensor | None = None) -> Tensor:
-        """[T, d_model] -> [T, d_model], with `add_to` added to that; writes the new tokens to the cache."""
+    def __call__(
+        self, x: Tensor, angles: Angles, batch: Batch, add_to: Tensor | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """[T, d_model] -> [T, d_model], or of `wanted` [M] rows [M, d_model], with `add_to` added to that; writes the
+        new tokens to the cache."""
         s = self.shape
         cache, group = batch.kv[self.layer_id]
         qkv = self.qkv(x)  # [T, (H + 2G) D]
@@ -105,4 +108,5 @@ class Attention:
                 qkv, *angles, cache, group.slots, q_norm, k_norm, eps,
                 group.block_table, batch.query_starts, batch.context_lens, s.scale, s.window, s.softcap,
             )
-        return self.out(out.flatten(1), add_to)  # [T, H * D] -> [T, d_model]
+        out = select(out.flatten(1), wanted)
+        return self.out(out, add_to)  # [T, H * D] -> [T, d_model]

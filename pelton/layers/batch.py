@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pelton import ops
 from pelton.ops import LayerCache
 
 
@@ -27,4 +28,10 @@ class Batch:
     query_starts: Tensor  # [R + 1] int64: request r owns tokens query_starts[r] .. query_starts[r + 1] - 1
     context_lens: Tensor  # [R] int64: tokens of each request in the cache once this step is done
     kv: Sequence[tuple[LayerCache, GroupSlots]]  # for each layer: its cache and its group's slots
+    wanted: Tensor | None = None  # [M] int64: rows whose hidden states are asked for, in rising order; None: all
     prompts: Sequence[tuple[int, int]] = ()  # where each request's tokens lie, if they are long and whole contexts
+
+
+def select(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """Rows of x [T, K] that are wanted [M]: all, if none are named."""
+    return x if wanted is None else ops.select_rows(x, wanted)

@@ -46,7 +46,8 @@ class Model(ABC):
 
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor:
-        """The last hidden states [T, d_model], normalised."""
+        """The last hidden states [T, d_model], or of the batch's wanted rows [M, d_model], normalised. What the last
+        layer computes behind its keys and values, it computes for these alone."""
 
     @classmethod
     def kv_layers(cls, config: Mapping[str, Any], ranks: Ranks = ALONE) -> list[KVLayer]:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from pelton.layers.attention import GLOBAL, LOCAL, Attention, AttentionShape
-from pelton.layers.batch import Batch
+from pelton.layers.batch import Batch, select
 from pelton.layers.mlp import GatedMLP
 from pelton.layers.norm import RMSNorm
 from pelton.layers.rope import Angles, Rope
@@ -93,9 +93,10 @@ class Block:
         self.mlp = GatedMLP.load(ckpt.at("mlp"), c.d_model, c.d_hidden, c.activation)
         self.mlp_post_norm = load_norm(ckpt.at("post_feedforward_layernorm"), c.d_model)
 
-    def __call__(self, x: Tensor, angles: Angles, batch: Batch) -> Tensor:
-        """The residual stream [T, d_model], changed in place."""
-        x = self.attn_post_norm.add_to(x, self.attn(self.attn_norm(x), angles, batch))
+    def __call__(self, x: Tensor, angles: Angles, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+        """The residual stream [T, d_model], changed in place; or `wanted` [M] rows of it."""
+        attended = self.attn(self.attn_norm(x), angles, batch, wanted=wanted)
+        x = self.attn_post_norm.add_to(select(x, wanted), attended)
         return self.mlp_post_norm.add_to(x, self.mlp(self.mlp_norm(x)))
 
 
@@ -122,11 +123,12 @@ class Gemma2(Model):
         return rope, rope
 
     def forward(self, batch: Batch) -> Tensor:
-        """The last hidden states [T, d_model], normalised."""
+        """See Model."""
         x = self.embed(batch.token_ids)
         global_angles, local_angles = self.global_rope(batch.positions), self.local_rope(batch.positions)
-        for block in self.blocks:
-            x = block(x, local_angles if block.is_local else global_angles, batch)
+        for i, block in enumerate(self.blocks):
+            wanted = batch.wanted if i == len(self.blocks) - 1 else None
+            x = block(x, local_angles if block.is_local else global_angles, batch, wanted)
         return self.norm(x)
 
 

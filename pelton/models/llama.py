@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pelton.layers.attention import Attention, AttentionShape
-from pelton.layers.batch import Batch
+from pelton.layers.batch import Batch, select
 from pelton.layers.mlp import GatedMLP
 from pelton.layers.norm import RMSNorm
 from pelton.layers.rope import Angles, Rope
@@ -90,9 +90,9 @@ class Block:
         self.mlp_norm = load_norm(ckpt.at("post_attention_layernorm"), c.d_model)
         self.mlp = GatedMLP.load(ckpt.at("mlp"), c.d_model, c.d_hidden, c.activation, c.mlp_bias)
 
-    def __call__(self, x: Tensor, angles: Angles, batch: Batch) -> Tensor:
-        """The residual stream [T, d_model], changed in place."""
-        x = self.attn(self.attn_norm(x), angles, batch, add_to=x)
+    def __call__(self, x: Tensor, angles: Angles, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+        """The residual stream [T, d_model], changed in place; or `wanted` [M] rows of it."""
+        x = self.attn(self.attn_norm(x), angles, batch, select(x, wanted), wanted)
         return self.mlp(self.mlp_norm(x), add_to=x)
 
 
@@ -113,12 +113,13 @@ class Llama(Model):
         return LlamaConfig.parse(config)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The last hidden states [T, d_model], normalised."""
+        """See Model."""
         x = self.embed(batch.token_ids)
         angles = self.rope(batch.positions)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x, angles, batch)
-        return self.norm(x)
+        return self.norm(last(x, angles, batch, batch.wanted))
 
 
 class Mistral(Llama):

@@ -31,7 +31,7 @@ class Inputs:
     positions: Tensor  # [T]
     query_starts: Tensor  # [R + 1]
     context_lens: Tensor  # [R]
-    sampled_rows: Tensor  # [R]: tokens whose logits are sampled
+    sampled_rows: Tensor  # [R]: tokens whose logits are sampled; if there are none, the first token
     previous_rows: Tensor  # [R]: which sample of the step before is the first token; -1: the one that is given
     groups: list[GroupSlots]
 
@@ -98,7 +98,7 @@ class BatchBuffers:
         query_starts[: len(starts)] = starts
         query_starts[len(starts) :] = num_tokens
         self.host.context_lens.numpy()[: len(chunks)] = context_lens
-        sampled = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.sample]
+        sampled = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.sample] or [0]
         self.host.sampled_rows.numpy()[: len(sampled)] = sampled
         for group_id, group in enumerate(self.host.groups):
             self._fill_group(group, chunks, [state.tables[group_id] for state in states], starts)
@@ -145,9 +145,12 @@ class BatchBuffers:
             there = self.device
             fill_in_(there.token_ids, there.query_starts, there.previous_rows[:num_requests], previous[0])
 
-    def batch(self, num_tokens: int, num_requests: int, prompts: Sequence[tuple[int, int]] = ()) -> Batch:
-        """The first tokens and requests, on the cache's device, as they were uploaded last or will be. prompts: see
-        Batch."""
+    def batch(
+        self, num_tokens: int, num_requests: int, num_wanted: int | None = None,
+        prompts: Sequence[tuple[int, int]] = (),
+    ) -> Batch:
+        """The first tokens and requests, on the cache's device, as they were uploaded last or will be. num_wanted: of
+        sampled rows whose hidden states are asked for, if not all are. prompts: see Batch."""
         inputs = self.device
         groups = [
             GroupSlots(group.slots[:num_tokens], group.block_table[:num_requests]) for group in inputs.groups
@@ -158,5 +161,6 @@ class BatchBuffers:
             query_starts=inputs.query_starts[: num_requests + 1],
             context_lens=inputs.context_lens[:num_requests],
             kv=[(cache, groups[i]) for cache, i in zip(self.kv.layers, self.kv.group_of_layer, strict=True)],
+            wanted=None if num_wanted is None else inputs.sampled_rows[:num_wanted],
             prompts=prompts,
         )

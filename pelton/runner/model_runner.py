@@ -8,10 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pelton import ops
 from pelton.config import EngineConfig
 from pelton.engine.step import Chunk, Started, StepPlan, StepResult, TokenLogprobs
 from pelton.errors import DeviceError
+from pelton.layers.batch import select
 from pelton.models import Model
 from pelton.ops import gpu
 from pelton.ops.native import native
@@ -87,8 +87,7 @@ class ModelRunner:
         with only_compiling():
             for num_requests in {1, most}:
                 num_tokens = min(num_requests + PROMPT, self.buffers.max_tokens)
-                hidden = self.model.forward(self.buffers.batch(num_tokens, num_requests))
-                ops.select_rows(hidden, self.buffers.device.sampled_rows[:num_requests])
+                self.model.forward(self.buffers.batch(num_tokens, num_requests, num_wanted=num_requests))
             return Graphs(self.model, self.kv, most, self.buffers.max_blocks)
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -129,13 +128,16 @@ class ModelRunner:
         buffers = self.buffers if graph is None else graph.buffers
         num_tokens, starts = buffers.fill(plan.chunks, states)
         sampled = [i for i, chunk in enumerate(plan.chunks) if chunk.sample]
+        scored = [
+            i for i, (chunk, state) in enumerate(zip(plan.chunks, states, strict=True))
+            if state.request.params.prompt_logprobs is not None and chunk.start < state.num_prompt
+        ]
         if graph is not None:
             hidden, logits = graph.run(num_tokens, len(sampled))
         else:
-            hidden, logits = self._forward(plan.chunks, starts, len(sampled))
-        for chunk, state, start in zip(plan.chunks, states, starts, strict=False):
-            if state.request.params.prompt_logprobs is not None and chunk.start < state.num_prompt:
-                self._score_prompt(hidden[start : start + chunk.num_tokens], chunk, state, result)
+            hidden, logits = self._forward(plan.chunks, starts, len(sampled), needs_all=bool(scored))
+        for i in scored:
+            self._score_prompt(hidden[starts[i] : starts[i + 1]], plan.chunks[i], states[i], result)
         if sampled:
             sampled_states = [states[i] for i in sampled]
             samples = self.sampler(sampled_states, logits)
@@ -183,16 +185,20 @@ class ModelRunner:
         return token_ids, [rows[chunk.request_id] if unknown[i] else -1 for i, chunk in enumerate(chunks)]
 
     def _forward(
-        self, chunks: Sequence[Chunk], starts: Sequence[int], num_sampled: int, previous: Previous | None = None
+        self, chunks: Sequence[Chunk], starts: Sequence[int], num_sampled: int, previous: Previous | None = None,
+        needs_all: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states [T, d_model] of what was filled in, and the logits [M, V] of its sampled rows."""
+        """The logits [M, V] of the sampled rows of what was filled in; and, if all are needed, its hidden states
+        [T, d_model]."""
         self.buffers.upload(len(chunks), previous)
+        num_wanted = None if needs_all or num_sampled == starts[-1] else max(num_sampled, 1)
         are_prompts = starts[-1] >= LONG_PROMPT * len(chunks) and all(chunk.start == 0 for chunk in chunks)
         prompts = list(pairwise(starts)) if are_prompts and self._has_prompt_attention else ()
-        hidden = self.model.forward(self.buffers.batch(starts[-1], len(chunks), prompts))
+        hidden = self.model.forward(self.buffers.batch(starts[-1], len(chunks), num_wanted, prompts))
         if num_sampled == 0:
             return hidden, hidden[:0]
-        return hidden, self.model.logits(ops.select_rows(hidden, self.buffers.device.sampled_rows[:num_sampled]))
+        rows = self.buffers.device.sampled_rows[:num_sampled] if needs_all else None
+        return hidden, self.model.logits(select(hidden, rows))
 
     def _score_prompt(self, hidden: Tensor, chunk: Chunk, state: RequestState, result: StepResult) -> None:
         """Log-probabilities of the prompt's tokens that the chunk's hidden states predict."""

@@ -25,12 +25,14 @@ PROMPT_LEN, NEW_TOKENS, BLOCK_SIZE = 45, 12, 16  # blocks of 16 are those the CP
 TOLERANCE = 1e-4  # float32, between two orders of the same sums
 
 
-def make_engine(pair: Any, chunk: int = 512, num_blocks: int = 400, prefix_caching: bool = True) -> EngineCore:
+def make_engine(
+    pair: Any, chunk: int = 512, num_blocks: int = 400, prefix_caching: bool = True, enforce_eager: bool = False
+) -> EngineCore:
     kv_layers = find_model(pair.config).kv_layers(pair.config)
     cache = CacheConfig(BLOCK_SIZE, num_blocks, make_groups(kv_layers), prefix_caching)
     scheduler = SchedulerConfig(8, chunk, 64, 128, True)
     config = EngineConfig(
-        ModelConfig("float32", 128), cache, scheduler, DeviceConfig("cpu", 1, False, 0), (), ()
+        ModelConfig("float32", 128), cache, scheduler, DeviceConfig("cpu", 1, enforce_eager, 0), (), ()
     )
     kv = KVCache(cache, kv_layers, torch.device("cpu"))
     for layer in kv.layers:
@@ -161,3 +163,21 @@ def test_preempted_equals_not(pair: Any, whole: Any) -> None:
 
 def test_in_a_batch_equals_alone(pair: Any, whole: Any) -> None:
     assert_same(run(make_engine(pair, chunk=40), {i: prompt(i) for i in (3, 1, 0, 2)})[0], whole)
+
+
+@pytest.mark.parametrize("prompt_logprobs", [None, 0])
+def test_an_eager_step_ends_with_the_rows_that_are_wanted(
+    pair: Any, whole: Any, prompt_logprobs: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is sampled, or all where the prompt is scored."""
+    sizes, forward = [], pair.model.forward
+
+    def noted(batch: Any) -> torch.Tensor:
+        hidden = forward(batch)
+        sizes.append((len(batch.token_ids), len(hidden)))
+        return hidden
+
+    monkeypatch.setattr(pair.model, "forward", noted)
+    engine = make_engine(pair, chunk=16, enforce_eager=True)
+    assert_same(run(engine, {1: prompt()}, prompt_logprobs=prompt_logprobs)[1], whole)
+    assert sizes[:4] == [(n, n if prompt_logprobs == 0 else 1) for n in (16, 16, 13, 1)]
