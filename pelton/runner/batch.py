@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pelton.engine.step import Chunk
 from pelton.layers.batch import Batch, GroupSlots
+from pelton.ops import gpu
 from pelton.ops.sampling import Draws
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.requests import RequestState
@@ -136,7 +137,7 @@ class BatchBuffers:
             self.host.previous_rows.numpy()[:num_requests] = previous[1]
         if self.device is not self.host:
             size = self.host.size(num_requests)
-            self.device.memory[:size].copy_(self.host.memory[:size], non_blocking=True)
+            _copy(self.device.memory[:size], self.host.memory[:size])
             self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._sent.record()
         if previous is not None:
@@ -164,3 +165,13 @@ class BatchBuffers:
             wanted=None if num_wanted is None else inputs.sampled_rows[:num_wanted],
             prompts=prompts,
         )
+
+
+def _copy(there: Tensor, here: Tensor) -> None:
+    """From pinned memory to a GPU, without waiting."""
+    if gpu.why_not():
+        there.copy_(here, non_blocking=True)
+    else:
+        from pelton.ops.cuda.rows import copy_from_host_
+
+        copy_from_host_(there, here)

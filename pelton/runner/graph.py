@@ -66,6 +66,8 @@ class Graphs(Captured):
 
     def __init__(self, model: Model, kv: KVCache, max_requests: int, max_blocks: int) -> None:
         """Also launches what steps do, of whatever size: may be called in `ops.cuda.launch.only_compiling`."""
+        from pelton.ops.cuda.sampling import Mailbox  # its kernels need Triton
+
         self.buffers = BatchBuffers(kv, max_requests, max_requests, max_blocks)
         self._model = model
         self._sizes = [size for size in SIZES if size < max_requests] + [max_requests]
@@ -79,6 +81,8 @@ class Graphs(Captured):
         for size in self._sizes:
             if size & (size - 1) == 0 or size == max_requests:  # kernels are made for powers of two
                 self._compute(size)
+        self.buffers.upload(1, (self.token_ids, [-1]))  # and what stands around it
+        Mailbox().send(self.token_ids)
 
     def capture(self, lazily: bool) -> None:
         """Before the first `run`. lazily: all graphs but one are captured by the steps that need them first."""

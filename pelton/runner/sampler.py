@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from pelton.runner.grammar import GrammarError, Grammars
 from pelton.runner.logprobs import NON_FINITE
 from pelton.runner.requests import RequestState
 from pelton.types import LogitsProcessor, SamplingParams
+
+if TYPE_CHECKING:
+    from pelton.ops.cuda.sampling import Mailbox  # its kernels need Triton
 
 Sample = tuple[int, TokenLogprobs | None]
 
@@ -37,6 +41,7 @@ class Sampler:
     def __init__(self, seed: int, grammars: Grammars | None = None) -> None:
         self.seed = seed
         self.grammars = grammars
+        self._mailbox: Mailbox | None = None
 
     def __call__(self, states: Sequence[RequestState], logits: Tensor) -> list[Sample | str]:
         """For each request's logits [M, V] float32: the token and the logprobs asked for, or why there is none."""
@@ -56,11 +61,12 @@ class Sampler:
     ) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
         """The same on a GPU, without waiting: the token ids there (or codes in their place), and a function that waits
         for what is returned else. token_ids: what a captured step has sampled by `draws`."""
-        from pelton.ops.cuda.sampling import Pending, start_sample
+        from pelton.ops.cuda.sampling import Mailbox, start_sample
 
         if token_ids is not None:
-            captured = Pending.of(token_ids, token_ids)
-            return token_ids, lambda: _samples(*captured.fetch(), {})
+            self._mailbox = self._mailbox or Mailbox()
+            fetch = self._mailbox.send(token_ids)
+            return token_ids, lambda: _samples(fetch(), {}, {})
         rows, constraints, faults = self._prepare(states, logits)
         pending = start_sample(logits, rows, constraints)
         return pending.token_ids_on_device, lambda: _samples(*pending.fetch(), faults)

@@ -47,7 +47,8 @@ from pelton.ops.cuda.rows import accepts_rope_and_store, norm_factor, rotate, sc
 
 PART = 128  # keys
 MAX_PARTS = 64
-MAX_PROGRAMS = 2  # for each of a GPU's processors
+MAX_PROGRAMS = 2  # for each of a GPU's processors; one more where there are
+MANY_REQUESTS = 129
 MAX_HEAD_SIZE = 256
 MAX_GROUP = 64  # query heads that share a key head
 MAX_GROUP_SIZE = 8192  # numbers of their queries
@@ -67,14 +68,15 @@ class Tiling(NamedTuple):
 
 
 @cache
-def decode_tiling(head_size: int, group: int, dtype: torch.dtype) -> Tiling:
-    """For a dtype of queries. Bound by memory."""
+def decode_tiling(head_size: int, group: int, dtype: torch.dtype, is_many: bool = False) -> Tiling:
+    """For a dtype of queries. Bound by memory. is_many: for more programs that ask for less each. What is computed is
+    the same."""
     rows = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32:
         return Tiling(rows, 32 if head_size <= 128 else 16, 4 if rows <= 16 else 8, 3)
     if rows > 16:
         return Tiling(rows, 32, 8, 3)
-    return Tiling(rows, 64 if head_size <= 128 else 32, 4, 5)
+    return Tiling(rows, 64 if head_size <= 128 else 32, 4, 3 if is_many else 5)
 
 
 @cache
@@ -668,11 +670,12 @@ def _compute_decodes(x: Inputs, new: NewTokens | None, requests: int) -> None:
     (num_tokens, num_heads, head_size), num_requests = x.query.shape, x.context_lens.shape[0]
     num_kv_heads, device = x.key.numbers.shape[2], x.query.device
     group = num_heads // num_kv_heads
-    tiling = decode_tiling(head_size, group, x.query.dtype)
+    is_many = num_requests >= MANY_REQUESTS and head_size <= 128
+    tiling = decode_tiling(head_size, group, x.query.dtype, is_many)
     few_rows = num_tokens if num_tokens == num_requests else FEW_TOKENS
     max_units = triton.cdiv(x.block_table.shape[1] * x.key.numbers.shape[1], PART)
     most = min(num_tokens, num_requests * few_rows) * num_kv_heads * max_units
-    num_programs = min(most, MAX_PROGRAMS * num_processors(device))
+    num_programs = min(most, (MAX_PROGRAMS + is_many) * num_processors(device))
     _decode_kernel[(num_programs,)](
         x, new, _parts(num_programs, min(max_units, MAX_PARTS), group, head_size, device), num_requests, few_rows,
         new is not None, PART, MAX_PARTS, requests, tiling.rows, triton.next_power_of_2(group), min(tiling.keys, PART),

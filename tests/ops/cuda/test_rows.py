@@ -183,6 +183,22 @@ def test_what_is_not_taken(device: torch.device) -> None:
     assert not rows.accepts_select_rows(x, torch.zeros(2, dtype=torch.int32, device=device))
 
 
+@pytest.mark.parametrize("num", [1, 1024, 3000])
+def test_numbers_go_to_and_from_the_host(device: torch.device, num: int) -> None:
+    is_pinned = device.type == "cuda"
+    here, back = (torch.arange(num + 5).flip(0) for _ in range(2))
+    if is_pinned:
+        here, back = here.pin_memory(), back.pin_memory()
+    there = torch.zeros(num + 5, dtype=torch.int64, device=device)
+    rows.copy_from_host_(there[:num], here[:num])
+    assert torch.equal(there[:num].cpu(), here[:num]) and not there[num:].any()
+    back.zero_()
+    rows.copy_to_host_(back[2 : num + 2], there[:num])
+    if is_pinned:
+        torch.cuda.synchronize()
+    assert torch.equal(back[2 : num + 2], here[:num]) and not back[num + 2 :].any()
+
+
 def test_samples_are_filled_in(device: torch.device) -> None:
     token_ids = torch.arange(300, device=device)
     starts, rows_of = torch.tensor([0, 1, 7, 299], device=device), torch.tensor([-1, 2, 0, 1], device=device)
