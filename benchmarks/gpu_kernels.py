@@ -34,7 +34,7 @@ SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 def codes(shape: tuple[int, int], bits: int, group: int, **options: object) -> Codes:
     num_out, num_in = shape
     u = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, device="cuda")
-    scales = torch.rand(num_out, num_in // group, device="cuda").half().float() * 0.01
+    scales = (torch.rand(num_out, num_in // group, device="cuda") * 0.01).half().float()  # as files have them
     return Codes(bits, u, scales, **options)
 
 
