@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from pelton import ops
 from pelton.ops.cuda import sampling_kernels as kernels
-from pelton.ops.cuda.launch import on_gpu
+from pelton.ops.cuda.launch import OVERLAP, on_gpu
 from pelton.ops.cuda.rows import copy_to_host_
 from pelton.ops.sampling import Constraint, Draws, SampleRow, Scores, _finalise, sample
 
@@ -330,7 +330,7 @@ def _best(x: Tensor, finite: bool) -> Best:
     values = torch.empty(num_rows, num_pieces, device=x.device)
     ids = torch.empty(num_rows, num_pieces, dtype=torch.int32, device=x.device)
     kernels.best_kernel[(num_rows, num_pieces)](
-        values, ids, x, x.shape[1], x.stride(0), num_pieces, FINITE=finite, num_warps=8
+        values, ids, x, x.shape[1], x.stride(0), num_pieces, FINITE=finite, num_warps=8, **OVERLAP
     )
     return values, ids
 
@@ -345,7 +345,7 @@ def _choose(logits: Tensor, tokens: Tensor, plan: Plan | None, there: Mapping[st
     num_pieces = raw[0].shape[1]
     kernels.settle_kernel[(logits.shape[0],)](
         tokens, *raw, *best, there.get("slots"), there.get("forced"), num_pieces, PLAIN=plan is None,
-        PIECES=triton.next_power_of_2(num_pieces), num_warps=1,
+        PIECES=triton.next_power_of_2(num_pieces), num_warps=1, **OVERLAP,
     )
     if "draw_wholes" in there:
         _draw(logits, raw, x, best, tokens, there["draw_wholes"], there["draw_factors"])
@@ -389,12 +389,15 @@ def _draw(
     given = wholes, factors, logits, *raw, x, *best, vocab, logits.stride(0), num_pieces
     pieces = triton.next_power_of_2(num_pieces)
     grid = num_draws, num_pieces
-    kernels.weigh_kernel[grid](weights, cut_weights, cut_counts, *given, PIECES=pieces, BLOCK=256, num_warps=4)
+    kernels.weigh_kernel[grid](
+        weights, cut_weights, cut_counts, *given, PIECES=pieces, BLOCK=256, num_warps=4, **OVERLAP
+    )
     kernels.list_kernel[grid](
-        list_x, list_ids, sizes, weights, cut_weights, cut_counts, *given, PIECES=pieces, BLOCK=1024, num_warps=4
+        list_x, list_ids, sizes, weights, cut_weights, cut_counts, *given, PIECES=pieces, BLOCK=1024, num_warps=4,
+        **OVERLAP,
     )
     kernels.draw_kernel[(num_draws,)](
-        tokens, list_x, list_ids, sizes, weights, *given, PIECES=pieces, BLOCK=512, num_warps=8
+        tokens, list_x, list_ids, sizes, weights, *given, PIECES=pieces, BLOCK=512, num_warps=8, **OVERLAP
     )
 
 

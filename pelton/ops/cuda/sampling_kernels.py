@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pelton.ops.cuda.launch import wait_for_inputs
+
 PIECE = tl.constexpr(4096)  # tokens that one program looks at
 ONE = tl.constexpr(float(1 << 42))  # the largest weight
 ID_BITS = tl.constexpr(20)  # a vocabulary is smaller than 2^20
@@ -29,6 +31,7 @@ ALLOWED = tl.constexpr(1 << 25)
 @triton.jit
 def best_kernel(values_ptr, ids_ptr, x_ptr, vocab, stride, num_pieces, FINITE: tl.constexpr):
     """Each piece's largest logit, NaN where one is not finite, and the first id that has it: two [M, pieces]."""
+    wait_for_inputs()
     row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = piece * PIECE + tl.arange(0, PIECE)
     x = tl.load(x_ptr + row * stride + token, mask=token < vocab, other=-float("inf"))
@@ -58,6 +61,7 @@ def settle_kernel(
     PLAIN: tl.constexpr, PIECES: tl.constexpr,
 ):
     """Each row's token where nothing is drawn, or the code why there is none: int64 [M]."""
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     best, token, is_finite = _merge(raw_values_ptr, raw_ids_ptr, row, num_pieces, PIECES)
     if not PLAIN:
@@ -164,6 +168,7 @@ def weigh_kernel(
 ):
     """Each piece's weight [G, pieces], and where top_k or top_p applies the weight and number of its tokens above
     each cut: two [G, pieces, CUTS]."""
+    wait_for_inputs()
     draw, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, slot, top_k, scale, min_power, top_p, chance = _draw_of(draw, wholes_ptr, factors_ptr)
     if row < 0:
@@ -208,6 +213,7 @@ def list_kernel(
 ):
     """Lists [G, LISTED] of the tokens above the first cut that leaves enough for top_k or top_p, in the order of ids,
     and their sizes [G]: V where there is no such list."""
+    wait_for_inputs()
     draw, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, slot, top_k, scale, min_power, top_p, chance = _draw_of(draw, wholes_ptr, factors_ptr)
     if row < 0:
@@ -346,6 +352,7 @@ def draw_kernel(
     PIECES: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """The token of one row that has any, where the largest logit is finite."""
+    wait_for_inputs()
     draw = tl.program_id(0).to(tl.int64)
     row, slot, top_k, scale, min_power, top_p, chance = _draw_of(draw, wholes_ptr, factors_ptr)
     if row < 0:
