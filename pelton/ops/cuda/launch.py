@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -68,16 +68,23 @@ class _Later(triton.AsyncCompileMode):  # type: ignore[misc]
 
     def __init__(self, executor: Executor) -> None:
         super().__init__(executor, ignore_errors=True)  # else one that does not compile leaves the mode active
-        self._submitted: list[Any] = []
+        self._failures: list[Exception] = []
 
-    def submit(self, *given: Any) -> Any:  # versions of Triton give different things
-        self._submitted.append(super().submit(*given))
+    def submit(self, key: Any, compile_it: Callable[[], Any], *others: Any) -> Any:  # versions of Triton give more
+        def compile_or_note() -> Any:
+            try:
+                return compile_it()
+            except Exception as error:
+                self._failures.append(error)
+                raise
+
+        super().submit(key, compile_or_note, *others)
         return _NOTHING
 
     def check(self) -> None:
         """Raises what kept a kernel from being compiled."""
-        for kernel in self._submitted:
-            kernel.result()
+        if self._failures:
+            raise self._failures[0]
 
 
 @contextmanager

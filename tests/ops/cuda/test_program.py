@@ -8,12 +8,14 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton
 
 from pelton.errors import DeviceError, OutOfMemoryError
 from pelton.ops import gpu
@@ -168,12 +170,13 @@ def test_after_a_kernel_that_does_not_compile_others_can_be(
     made: list[str] = []
     with pytest.raises(RuntimeError if of_triton else DeviceError, match="not compile"), launch.only_compiling():
         mode = active_mode.get()
-        mode.submit("good", lambda: "kernel", made.append)
+        others = [made.append] * (len(signature(triton.AsyncCompileMode.submit).parameters) - 3)
+        mode.submit("good", lambda: "kernel", *others)
         if of_triton:
-            mode.submit("bad", compile_kernel, made.append)
+            mode.submit("bad", compile_kernel, *others)
         else:
             load(4)
-    assert made == ["kernel"]
+    assert "kernel" in made
     with launch.only_compiling():
         load(2)
 
