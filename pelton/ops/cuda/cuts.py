@@ -44,25 +44,29 @@ class Cut(ABC):
 
 @dataclass(frozen=True)
 class Few(Cut):
-    """How few_rows.cu cuts the work: the most rows of x (1, 2, or a multiple of 8), tiles of 16 weight rows of a block,
-    its warps, and how many pieces a warp asks for ahead."""
+    """How few_rows.cu cuts the work: the most rows of x (1, 2, or a multiple of 8), tiles of 16 weight rows of a team,
+    its warps, and how many pieces a warp asks for ahead; teams of a block; bytes from one pair to the next in its table
+    of values, for codes that are looked up."""
 
     ROWS: int
     MT: int
     WARPS: int
     AHEAD: int
+    TEAMS: int = 1
+    ENTRY: int = 0
 
     kernel = "few_rows"
 
     @property
     def num_threads(self) -> int:
-        return 32 * self.WARPS
+        return 32 * self.WARPS * self.TEAMS
 
     def grid(self, num_out: int) -> tuple[int, int]:
-        return -(-num_out // (ROWS * self.MT)), 1
+        return -(-num_out // (ROWS * self.MT * self.TEAMS)), 1
 
     def shared_bytes(self, piece_bytes: int) -> int:
-        return 4 * self.WARPS * 16 * self.MT * (max(8, self.ROWS) + 1)
+        sums = 4 * self.WARPS * 16 * self.MT * (max(8, self.ROWS) + 1)
+        return 256 * self.ENTRY + self.TEAMS * sums
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,19 @@ def few(
     if same:
         return Few(rows, mt, 8, 4 if rows == 8 else 3 if rows <= 32 else 2)
     return Few(rows, mt, warps, 4 if rows < 8 else 3 if rows <= 32 else 2)
+
+
+@cache
+def with_table(cut: Few, num_out: int, processors: int, memory: int) -> Few:
+    """The cut for codes that are looked up. In a table of 64 KiB that takes fewer instructions; it is chosen where a
+    multiprocessor's memory has room for as many warps as its registers, in blocks of two teams if need be."""
+    blocks = min((16 if cut.MT == 2 else 32) // cut.WARPS, -(-cut.grid(num_out)[0] // processors))
+    can_share = blocks == 4 and cut.ROWS * cut.WARPS < 64  # with eight rows, 32 warps have too few registers
+    for teams in (1, 2) if can_share else (1,):
+        large = replace(cut, TEAMS=teams, ENTRY=256)
+        if cut.ROWS <= 8 and blocks // teams * (large.shared_bytes(0) + RESERVED_BYTES) <= memory:
+            return large
+    return replace(cut, ENTRY=128)
 
 
 @cache

@@ -1,16 +1,15 @@
 // out[m, n] = sum over k of x[m, k] w[n, k], for M <= ROWS rows of x: bound by reading w once.
 //
 // A warp multiplies 16 MT rows of w with all rows of x by mma.m16n8k16 (w is its A, x its B), 64 columns at a time. The
-// warps of a block take columns in turn; what they summed is added up in a fixed order. Which columns an mma multiplies is
-// free, so a lane takes those whose bytes lie together.
+// warps of a team take columns in turn; what they summed is added up in a fixed order. Which columns an mma multiplies is
+// free, so a lane takes those whose bytes lie together. Teams share a block for its table of values alone.
 //
 // An mma has eight columns for rows of x. Where there are one or two, PARTS columns belong to each row: PARTS groups of
 // columns of x lie side by side, and of what a group of w gives with all of them one is taken. So a lane scales the sums
 // of two groups, not of all.
 //
 // K is a multiple of 64, and rows of x begin at multiples of 16 bytes. Defined when compiled, beside what tiles.cuh names:
-// ROWS (1, 2, or a multiple of 8), MT, WARPS, AHEAD.
-#define COPIES 32
+// ROWS (1, 2, or a multiple of 8), MT, WARPS (of a team), TEAMS, AHEAD.
 #include "tiles.cuh"
 
 constexpr int NT = (ROWS + 7) / 8, STEPS = 4 / GROUPS;  // mma of a group
@@ -19,7 +18,7 @@ constexpr int BATCH = PARTS > GROUPS ? PARTS / GROUPS : 1;  // pieces: the fewes
 constexpr int SETS = GROUPS > PARTS ? GROUPS / PARTS : 1;   // or SETS of these
 static_assert(PARTS * SETS == BATCH * GROUPS && AHEAD % BATCH == 0 && (PARTS == 1 || SETS == 1));
 // Of a multiprocessor; 0: as the compiler likes, which for few warps aims at more and keeps registers in memory for them.
-constexpr int MIN_BLOCKS = WARPS == 4 && PARTS > 1 && GROUPS < 4 ? 4 : 0;
+constexpr int MIN_BLOCKS = TEAMS == 2 ? 2 : WARPS == 4 && PARTS > 1 && GROUPS < 4 ? 4 : 0;
 // Where the sums of a lane are those of two parts these may be groups of two pieces.
 constexpr int OWN = PARTS > 1 && GROUPS == 1 ? 2 : 1;
 
@@ -164,15 +163,18 @@ __device__ __forceinline__ void add(Sum (&sums)[MT][NT][4], const float (&produc
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) few_rows(const __grid_constant__ Args a) {
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so that the compiler knows it is one for all lanes
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, MIN_BLOCKS)
+    few_rows(const __grid_constant__ Args a) {
+    const int warp_of_all = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so that it is known to be one for all lanes
+    const int team = TEAMS == 1 ? 0 : warp_of_all / WARPS, warp = warp_of_all - team * WARPS;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, thread = threadIdx.x - 32 * WARPS * team;
     const int num_tiles = (a.N + 15) / 16, num_blocks = a.K / 64;
 #if GATE
-    const int first_tile = blockIdx.x;
-    const auto tile_of = [&](int i) { return first_tile + i * num_tiles / 2; };
+    const int first_tile = blockIdx.x * TEAMS + team;
+    const int own_tile = TEAMS == 1 ? first_tile : min(first_tile, num_tiles / 2 - 1);
+    const auto tile_of = [&](int i) { return own_tile + i * num_tiles / 2; };
 #else
-    const int first_tile = blockIdx.x * MT;
+    const int first_tile = (blockIdx.x * TEAMS + team) * MT;
     const auto tile_of = [&](int i) { return min(first_tile + i, num_tiles - 1); };
 #endif
     Place places[MT];
@@ -183,6 +185,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) few_rows(co
         keep(places[i].codes), keep(places[i].scales);
 #endif
     }
+#if LOOKUP
+    const float value = __ldg(a.values + lane % 16);  // not behind all that is asked for next
+#endif
     // On their way while a batch is multiplied.
     constexpr int BATCHES = AHEAD / BATCH;
     Codes codes[BATCHES][BATCH][MT];
@@ -203,10 +208,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) few_rows(co
         fetch_codes(i / BATCH, i % BATCH, warp + i * WARPS);
         if (i % BATCH == 0) fetch_scales(i / BATCH, warp + i * WARPS);
     }
-    alignas(16) __shared__ u32 table[TABLE_SIZE];
+    extern __shared__ uint4 memory[];
+    u32* table = (u32*)memory;
 #if LOOKUP
-    fill_table<32 * WARPS>(table, a.values);
-    __syncthreads();
+    fill_table<32 * WARPS * TEAMS>(table, [&](u32 code) { return __shfl_sync(~0u, value, code); });
 #endif
     wait_for_inputs();  // weights never change; x is there from here on
     const u16* own_x[NT];
@@ -214,6 +219,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) few_rows(co
 #pragma unroll
     for (int i = 0; i < BATCHES; ++i)
         if (warp + i * BATCH * WARPS < num_blocks) load(columns_of[i], own_x, warp + i * BATCH * WARPS, num_blocks, lane);
+    if (LOOKUP) __syncthreads();  // the table is there
 
     Sum sums[MT][NT][4] = {};
     for (int block = warp; block < num_blocks; block += AHEAD * WARPS) {
@@ -241,10 +247,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) few_rows(co
 
     let_next_begin();  // not before: what waits would take the place of what reads
     prefetch_next(a);
-    // Sums of all warps: [warp][row][row of x].
-    extern __shared__ uint4 memory[];
-    Sum* shared = (Sum*)memory;
+    // Sums of a team's warps, behind the table: [warp][row][row of x].
     constexpr int rows = 16 * MT, columns = 8 * NT / PARTS, padded = columns | 1;
+    Sum* shared = (Sum*)(table + (LOOKUP ? TABLE_SIZE : 0)) + team * WARPS * rows * padded;
     for (int i = 0; i < MT; ++i)
         for (int n = 0; n < NT; ++n)
             for (int c = 0; c < 4; c += PARTS == 1 ? 1 : 2) {
@@ -255,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) few_rows(co
             }
     __syncthreads();
 #if GATE
-    for (int e = threadIdx.x; e < 16 * columns; e += 32 * WARPS) {
+    for (int e = thread; e < 16 * columns; e += 32 * WARPS) {
         const int row = e % 16, m = e / 16, n = 16 * first_tile + row;
         float gate = 0.0f, up = 0.0f;
         for (int w = 0; w < WARPS; ++w) {
@@ -265,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) few_rows(co
         store_gated(a, m, n, gate, up);
     }
 #else
-    for (int e = threadIdx.x; e < rows * columns; e += 32 * WARPS) {
+    for (int e = thread; e < rows * columns; e += 32 * WARPS) {
         const int row = e % rows, m = e / rows;
         Sum y = 0;
         for (int w = 0; w < WARPS; ++w) y += shared[(w * rows + row) * padded + m];

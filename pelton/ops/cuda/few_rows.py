@@ -71,7 +71,8 @@ def _cut(x: Tensor, weight: Tensor | Tiles, is_gated: bool, same: bool) -> Cut:
     if dense is not None:
         return dense
     if cuts.is_few(num_rows, num_out, num_in, processors, same):
-        return cuts.few(*given, is_dense, processors, same)
+        cut = cuts.few(*given, is_dense, processors, same)
+        return cuts.with_table(cut, num_out, processors, memory) if _has_values(weight) else cut
     if has_wgmma(x.device):
         has_min = isinstance(weight, Tiles) and weight.has_min
         return cuts.more_on_hopper(*given, _piece_bytes(weight), has_min, processors, memory, same)

@@ -5,7 +5,7 @@
 // at a time lie in shared memory, and more are on their way. SPLIT blocks, and in each TEAMS teams that do not wait for
 // each other, share the columns; their sums are added up in a fixed order. Defined when compiled, beside what tiles.cuh
 // names: NT, MT, WARPS (of a team), TEAMS, SPLIT, STAGES, BLOCKS (of a multiprocessor); WGMMA: as Hopper does it.
-#define COPIES 8
+#define ENTRY 32
 #include "tiles.cuh"
 
 #define CHUNK 128           // columns
@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_ro
     Weights* weights = (Weights*)(own_memory + Inputs::bytes);  // [STAGES]
     alignas(16) __shared__ u32 table[TABLE_SIZE];
 #if LOOKUP
-    fill_table<32 * WARPS * TEAMS>(table, a.values);
+    fill_table<32 * WARPS * TEAMS>(table, [&](u32 code) { return __ldg(a.values + code); });
     if (TEAMS > 1) __syncthreads();
 #endif
     Place places[MT];

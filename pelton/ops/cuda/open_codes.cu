@@ -1,4 +1,4 @@
-#define COPIES 1
+#define ENTRY 4
 #include "tiles.cuh"
 
 // The weights themselves times a factor, in x's type: all rows, or those that are asked for, of which a warp then reads

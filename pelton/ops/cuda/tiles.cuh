@@ -299,18 +299,29 @@ __device__ __forceinline__ float scale_of(const Scales& p, int r, int group, int
 #endif
 
 #if LOOKUP
-// The pairs of values for each byte, a pair of codes. There are COPIES of each, so that lanes read different banks.
-constexpr int SHIFT = COPIES == 32 ? 7 : COPIES == 8 ? 5 : 2;  // 1 << SHIFT: bytes from one byte's pair to the next
-#define TABLE_SIZE (256 * COPIES)
-template <int threads>
-__device__ __forceinline__ void fill_table(u32* table, const float* values) {
+// The pairs of values for each byte, a pair of codes, ENTRY bytes from one to the next. There are COPIES of each, so
+// that lanes read different banks.
+constexpr int COPIES = ENTRY < 128 ? ENTRY / 4 : 32;
+#define TABLE_SIZE (64 * ENTRY)
+template <int threads, class ValueOf>
+__device__ __forceinline__ void fill_table(u32* table, ValueOf value_of) {
+    const u32 byte = 4 * threadIdx.x / COPIES;
+    u8* to = (u8*)table + byte * ENTRY + 16 * threadIdx.x % (4 * COPIES);
+    const float low = value_of(byte % 16);
 #pragma unroll
-    for (u32 first = 0; first < TABLE_SIZE / 4; first += threads) {
-        const u32 e = first + threadIdx.x, byte = 4 * e / COPIES;
-        if (TABLE_SIZE / 4 % threads && e >= TABLE_SIZE / 4) break;
-        const u32 pair = to_pair(__ldg(values + byte % 16), __ldg(values + byte / 16));
-        ((uint4*)table)[e] = make_uint4(pair, pair, pair, pair);
+    for (u32 more = 0; more < 256; more += 4 * threads / COPIES) {
+        if (64 * COPIES % threads && byte + more >= 256) break;
+        const u32 pair = to_pair(low, value_of(byte / 16 + more / 16));
+        *(uint4*)(to + more * ENTRY) = make_uint4(pair, pair, pair, pair);
     }
+}
+// Where this lane's pair for byte j of a word lies. With entries of 256 bytes, half of which nothing uses, that is one
+// instruction.
+__device__ __forceinline__ u32 place_of_pair(u32 word, int j) {
+    const u32 copy = threadIdx.x % COPIES * 4;
+    if (ENTRY == 256) return __byte_perm(word, copy, 0x5504 | j << 4);
+    constexpr int shift = ENTRY == 128 ? 7 : ENTRY == 32 ? 5 : 2;
+    return and_or<255 << shift>(8 * j >= shift ? word >> (8 * j - shift) : word << (shift - 8 * j), copy);
 }
 #else
 #define TABLE_SIZE 1
@@ -326,8 +337,7 @@ __device__ __forceinline__ void operand(u32 (&a)[4], const Codes& w, int s, cons
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
 #if LOOKUP
-        const u32 u = word(w.codes[0], s), byte = 8 * j >= SHIFT ? u >> (8 * j - SHIFT) : u << (SHIFT - 8 * j);
-        a[j] = *(const u32*)((const u8*)table + and_or<255 << SHIFT>(byte, threadIdx.x % COPIES * 4));
+        a[j] = *(const u32*)((const u8*)table + place_of_pair(word(w.codes[0], s), j));
 #else
         a[j] = code_pair(w, s, j);
 #endif

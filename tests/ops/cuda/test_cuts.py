@@ -12,7 +12,6 @@ HOPPER = GPUS[-1]
 SHAPES = [(64, 192), (1024, 1024), (6144, 4096), (4096, 14336), (28672, 4096), (57344, 8192), (262144, 5376)]
 PIECES = (8, 18, 20, 32, 36, 40, 48, 64, 96)  # bytes: from 2 bits of a code to 8 with a scale and a minimum for each 16
 STATIC = 1 << 10  # at most, but for tables of values
-FEW_TABLE_BYTES = 32 << 10  # few_rows.cu's
 
 
 @pytest.mark.parametrize(("processors", "memory"), GPUS)
@@ -47,8 +46,25 @@ def test_few_rows_fit(processors: int, memory: int) -> None:
         for num_rows, gated in [(rows, gated) for rows in (1, 4, 8, 9, 17, 33, 64) for gated in (False, True)]:
             for dense, same in ((False, False), (False, True), (True, False)):
                 cut = cuts.few(num_rows, num_out, num_in, gated, dense, processors, same)
-                needed = cut.shared_bytes(64) + (0 if dense else FEW_TABLE_BYTES) + STATIC
-                assert needed <= memory, (num_out, num_in, cut)
+                if not dense:
+                    cut = cuts.with_table(cut, num_out, processors, memory)
+                assert cut.shared_bytes(64) + STATIC <= memory, (num_out, num_in, cut)
+
+
+@pytest.mark.parametrize(("processors", "memory"), GPUS)
+@pytest.mark.parametrize("same", [False, True])
+def test_a_larger_table_costs_no_warps(processors: int, memory: int, same: bool) -> None:
+    for num_out, num_in in [*SHAPES, (4096, 4096), (8192, 4096)]:
+        for num_rows, gated in [(rows, gated) for rows in (1, 2, 8, 16, 64) for gated in (False, True)]:
+            before = cuts.few(num_rows, num_out, num_in, gated, False, processors, same)
+            cut = cuts.with_table(before, num_out, processors, memory)
+            assert cut.num_threads <= 512 and 0 <= cut.TEAMS * cut.grid(num_out)[0] - before.grid(num_out)[0] < 2
+            if cut.ENTRY == 256:
+                blocks = memory // (cut.shared_bytes(0) + STATIC)
+                most = 32 if before.MT == 1 else 16  # warps
+                needed = min(-(-before.grid(num_out)[0] // processors) * before.WARPS, most)
+                assert blocks * cut.TEAMS * cut.WARPS >= needed, (num_out, num_in, cut)
+            assert cut.ENTRY == 256 or (processors, memory) != HOPPER or cut.ROWS > 2
 
 
 @pytest.mark.parametrize(("processors", "memory"), GPUS)

@@ -140,6 +140,27 @@ def test_cuts_of_other_sizes(name: str, processors: int, monkeypatch: pytest.Mon
         close(out, x.double() @ weights.T, torch.bfloat16)
 
 
+@pytest.mark.parametrize("processors", [1, 2])  # teams of four warps, or of eight
+@pytest.mark.parametrize(("teams", "entry"), [(1, 128), (1, 256), (2, 256)])
+@pytest.mark.parametrize("name", ["nf4", "IQ4_NL", "IQ4_XS"])
+def test_tables_of_values(
+    name: str, teams: int, entry: int, processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last team has no rows."""
+    torch.manual_seed(0)
+    parts = LAYOUTS[name]()
+    tiles, weights = make_tiles(parts), parts.weights().double()
+    few_rows._scratch(weights.device)  # of a size for all processors
+    monkeypatch.setattr(few_rows, "num_processors", lambda device: processors)
+    monkeypatch.setattr(cuts, "is_few", lambda *given: True)
+    monkeypatch.setattr(cuts, "with_table", lambda cut, *given: replace(cut, TEAMS=teams, ENTRY=entry))
+    for num_rows in (1, 2, 5):
+        x = torch.randn(num_rows, tiles.shape[1], device="cuda").bfloat16()
+        out = torch.empty(num_rows, NUM_OUT, device="cuda")
+        few_rows.multiply(x, tiles, out)
+        close(out, x.double() @ weights.T, torch.bfloat16)
+
+
 def test_rows_may_begin_anywhere_where_bits_are_the_same() -> None:
     tiles = make_tiles(integers(4, 64, True))
     x = torch.randn(70, NUM_IN + 3, device="cuda").bfloat16()[:, 3:]
@@ -190,7 +211,7 @@ def test_numbers(half: torch.dtype, num_out: int, num_in: int) -> None:
 @pytest.mark.usefixtures("_kernel")
 @pytest.mark.parametrize("_kernel", ["few", "more", "more with less memory", "dense"], indirect=True)
 @pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("name", ["numbers", "int4 group 128", "Q4_K", "Q6_K", "Q8_0", "float8 group 128"])
+@pytest.mark.parametrize("name", ["numbers", "int4 group 128", "Q4_K", "Q6_K", "Q8_0", "float8 group 128", "nf4"])
 def test_gates(gate: str, name: str) -> None:
     torch.manual_seed(0)
     half = torch.bfloat16
