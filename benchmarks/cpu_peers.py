@@ -273,7 +273,7 @@ def seconds_to_ready(model: Path) -> float:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     start = time.perf_counter()
-    server = subprocess.Popen([sys.executable, "-m", "pelton", "serve", str(model), "--port", str(port)],
+    server = subprocess.Popen([sys.executable, "-P", "-m", "pelton", "serve", str(model), "--port", str(port)],
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while time.perf_counter() - start < SERVE_TIMEOUT_S:

@@ -26,8 +26,9 @@ NUM_STREAMS = 8
 def served(smollm2_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "pelton", "serve", str(smollm2_path), "--served-model-name", "smollm2",
-               "--port", str(port), "--max-model-len", "1024"]  # fmt: skip
+    # -P: what is installed, which has compiled kernels, and not the folder that the tests run in
+    command = [sys.executable, "-P", "-m", "pelton", "serve", str(smollm2_path), "--served-model-name",
+               "smollm2", "--port", str(port), "--max-model-len", "1024"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             wait_for(f"http://127.0.0.1:{port}", 200, 60)

@@ -18,6 +18,7 @@ from triton import knobs
 from triton.language.extra import cuda
 from triton.runtime import driver
 
+from pelton.errors import DeviceError
 from pelton.ops.cuda.program import HOPPER, compiling_by
 
 # From compute capability 9.0 on a kernel may be brought up while the one before it still runs.
@@ -68,12 +69,16 @@ class _Later(triton.AsyncCompileMode):  # type: ignore[misc]
 
     def __init__(self, executor: Executor) -> None:
         super().__init__(executor, ignore_errors=True)  # else one that does not compile leaves the mode active
+        self._device = torch.cuda.current_device()  # which each thread has of its own
         self._failures: list[Exception] = []
 
     def submit(self, key: Any, compile_it: Callable[[], Any], *others: Any) -> Any:  # versions of Triton give more
         def compile_or_note() -> Any:
             try:
-                return compile_it()
+                kernel = compile_it()
+                with torch.cuda.device(self._device):
+                    _ = kernel.run  # loads it, and before Triton 3.9 compiles what launches it
+                return kernel
             except Exception as error:
                 self._failures.append(error)
                 raise
@@ -82,16 +87,20 @@ class _Later(triton.AsyncCompileMode):  # type: ignore[misc]
         return _NOTHING
 
     def check(self) -> None:
-        """Raises what kept a kernel from being compiled."""
-        if self._failures:
-            raise self._failures[0]
+        """DeviceError, if a kernel could not be compiled."""
+        for error in self._failures[:1]:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise DeviceError(
+                f"a kernel does not compile for {torch.cuda.get_device_name(self._device)} ({why}); install torch and "
+                "triton in versions that belong together"
+            ) from error
 
 
 @contextmanager
 def only_compiling() -> Iterator[None]:
     """What is launched in this context and is not compiled yet is compiled instead, side by side, which is done at the
-    context's end. So what is computed is of no use; it must not matter to what is launched. At the end DeviceError if
-    CUDA C++ does not compile, Triton's error if a kernel of its own does not."""
+    context's end. So what is computed is of no use; it must not matter to what is launched. DeviceError at the end, if
+    something does not compile."""
     if knobs.runtime.interpret:
         yield
         return

@@ -12,6 +12,7 @@ from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, PropertyMock
 
 import pytest
 import torch
@@ -93,6 +94,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     driver = Driver()
     monkeypatch.setattr(program, "_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     stream = SimpleNamespace(synchronize=lambda: None, cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
@@ -163,20 +166,25 @@ def test_after_a_kernel_that_does_not_compile_others_can_be(
     from triton.runtime._async_compile import active_mode
 
     def compile_kernel() -> str:
-        raise RuntimeError("Triton's kernel does not compile")
+        raise RuntimeError("Triton's kernel fails")
 
     monkeypatch.setattr(launch.knobs.runtime, "interpret", False)
     monkeypatch.setattr(program, "_compile", fail)
-    made: list[str] = []
-    with pytest.raises(RuntimeError if of_triton else DeviceError, match="not compile"), launch.only_compiling():
+    made: list[Any] = []
+    kernel = MagicMock()
+    run = PropertyMock()
+    type(kernel).run = run
+    why = "Triton's kernel fails" if of_triton else "4 bits do not compile"
+    with pytest.raises(DeviceError, match=why), launch.only_compiling():
         mode = active_mode.get()
         others = [made.append] * (len(signature(triton.AsyncCompileMode.submit).parameters) - 3)
-        mode.submit("good", lambda: "kernel", *others)
+        mode.submit("good", lambda: kernel, *others)
         if of_triton:
             mode.submit("bad", compile_kernel, *others)
         else:
             load(4)
-    assert "kernel" in made
+    assert kernel in made
+    run.assert_called_once()  # it is made ready to be launched
     with launch.only_compiling():
         load(2)
 
