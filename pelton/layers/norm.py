@@ -25,7 +25,6 @@ class RMSNorm:
         """[..., size] -> [..., size]."""
         return ops.rms_norm(x, self.weight, self.eps)
 
-    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
-        """out + norm(x), in place: [T, size]."""
-        ops.rms_norm_add_(out, x, self.weight, self.eps)
-        return out
+    def add_to(self, out: Tensor, x: Tensor, then: RMSNorm) -> Tensor:
+        """out += norm(x); returns `then`, a norm of the same eps, of that: [T, size]."""
+        return ops.rms_norm_add_norm_(out, x, self.weight, then.weight, self.eps)

@@ -93,11 +93,14 @@ class Block:
         self.mlp = GatedMLP.load(ckpt.at("mlp"), c.d_model, c.d_hidden, c.activation)
         self.mlp_post_norm = load_norm(ckpt.at("post_feedforward_layernorm"), c.d_model)
 
-    def __call__(self, x: Tensor, angles: Angles, batch: Batch, wanted: Tensor | None = None) -> Tensor:
-        """The residual stream [T, d_model], changed in place; or `wanted` [M] rows of it."""
-        attended = self.attn(self.attn_norm(x), angles, batch, wanted=wanted)
-        x = self.attn_post_norm.add_to(select(x, wanted), attended)
-        return self.mlp_post_norm.add_to(x, self.mlp(self.mlp_norm(x)))
+    def __call__(
+        self, x: Tensor, y: Tensor, angles: Angles, batch: Batch, next_norm: RMSNorm, wanted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream x [T, d_model], changed in place, and y, which is `attn_norm` of it: after the block, and
+        `next_norm` of it; or `wanted` [M] rows of both."""
+        attended, x = self.attn(y, angles, batch, wanted=wanted), select(x, wanted)
+        y = self.attn_post_norm.add_to(x, attended, then=self.mlp_norm)
+        return x, self.mlp_post_norm.add_to(x, self.mlp(y), then=next_norm)
 
 
 class Gemma2(Model):
@@ -126,10 +129,12 @@ class Gemma2(Model):
         """See Model."""
         x = self.embed(batch.token_ids)
         global_angles, local_angles = self.global_rope(batch.positions), self.local_rope(batch.positions)
-        for i, block in enumerate(self.blocks):
-            wanted = batch.wanted if i == len(self.blocks) - 1 else None
-            x = block(x, local_angles if block.is_local else global_angles, batch, wanted)
-        return self.norm(x)
+        next_norms = [*(block.attn_norm for block in self.blocks[1:]), self.norm]
+        y = self.blocks[0].attn_norm(x)
+        for block, next_norm in zip(self.blocks, next_norms, strict=True):
+            wanted = batch.wanted if next_norm is self.norm else None
+            x, y = block(x, y, local_angles if block.is_local else global_angles, batch, next_norm, wanted)
+        return y
 
 
 class Gemma3(Gemma2):

@@ -98,6 +98,16 @@ def rms_norm_add_(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
 
 
 @op
+def rms_norm_add_norm_(out: Tensor, x: Tensor, weight: Tensor, next_weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm_add_`, then `rms_norm` of out with the next weight [K]: where the next branch begins, [T, K]."""
+    rms_norm_add_(out, x, weight, eps)
+    return rms_norm(out, next_weight, eps)
+
+
+rms_norm_add_norm_.only_on = "cuda"  # elsewhere it is its two parts, which have kernels
+
+
+@op
 def silu_and_mul(x: Tensor) -> Tensor:
     """silu(gate) * up for x = [gate | up]: [T, 2K] -> [T, K] (Shazeer, arXiv:2002.05202)."""
     gate, up = x.chunk(2, dim=-1)

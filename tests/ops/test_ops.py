@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pelton import ops
 
-TESTED_ELSEWHERE = {"sample", "rope_and_attend_", "prompt_attention", "quantize_rows"}  # test_sampling.py, below, cuda/
+# test_sampling.py, below, cuda/
+TESTED_ELSEWHERE = {"sample", "rms_norm_add_norm_", "rope_and_attend_", "prompt_attention", "quantize_rows"}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -41,31 +41,47 @@ def _is_vector(weight: Tensor | None, size: int) -> bool:
 
 @triton.jit
 def _norm_kernel(
-    out_ptr, x_ptr, weight_ptr, eps, size, out_stride, x_stride, ADD: tl.constexpr, BLOCK: tl.constexpr
+    out_ptr, x_ptr, weight_ptr, next_ptr, next_weight_ptr, eps, size, out_stride, x_stride, next_stride,
+    ADD: tl.constexpr, NEXT: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """One row a program."""
+    """One row a program; with NEXT the norm of what was written as well."""
     let_next_begin()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)  # never changes
+    if NEXT:
+        next_weight = tl.load(next_weight_ptr + column, mask=inside, other=0.0)
     wait_for_previous()
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    y = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / size + eps)) * weight
+    y = _normalised(x, weight, size, eps)
     out = out_ptr + row * out_stride + column
     if ADD:  # what is added has been rounded, as if it had been written
         y = tl.load(out, mask=inside, other=0.0).to(tl.float32) + y.to(x_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=inside)
+    y = y.to(out_ptr.dtype.element_ty)
+    tl.store(out, y, mask=inside)
+    if NEXT:
+        y = _normalised(y.to(tl.float32), next_weight, size, eps)
+        tl.store(next_ptr + row * next_stride + column, y.to(next_ptr.dtype.element_ty), mask=inside)
 
 
-def _normalise(out: Tensor, x: Tensor, weight: Tensor, eps: float, add: bool) -> None:
-    """out (+)= rms_norm(x): two [T, K]."""
+@triton.jit
+def _normalised(x, weight, size, eps):
+    return x * (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / size + eps)) * weight
+
+
+def _normalise(
+    out: Tensor, x: Tensor, weight: Tensor, eps: float, add: bool, then: Tensor | None = None,
+    next_weight: Tensor | None = None,
+) -> None:
+    """out (+)= rms_norm(x); then = rms_norm(out, next_weight), if that is given: all [T, K]."""
     num_rows, size = x.shape
     block = triton.next_power_of_2(size)
     if num_rows:
+        next_stride = 0 if then is None else then.stride(0)
         _norm_kernel[(num_rows,)](
-            out, x, weight, eps, size, out.stride(0), x.stride(0), ADD=add, BLOCK=block,
-            num_warps=min(max(block // 256, 1), 16), **OVERLAP,
+            out, x, weight, then, next_weight, eps, size, out.stride(0), x.stride(0), next_stride,
+            ADD=add, NEXT=then is not None, BLOCK=block, num_warps=min(max(block // 256, 1), 16), **OVERLAP,
         )
 
 
@@ -88,9 +104,21 @@ def rms_norm_add_(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     _normalise(out, x, weight, eps, add=True)
 
 
+def rms_norm_add_norm_(out: Tensor, x: Tensor, weight: Tensor, next_weight: Tensor, eps: float) -> Tensor:
+    """`ops.rms_norm_add_norm_`, in one kernel."""
+    then = torch.empty(x.shape, dtype=out.dtype, device=x.device)
+    _normalise(out, x, weight, eps, add=True, then=then, next_weight=next_weight)
+    return then
+
+
 def accepts_rms_norm_add(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> bool:
     """Rows."""
     return is_rows(out, x) and accepts_rms_norm(x, weight, eps)
+
+
+def accepts_rms_norm_add_norm(out: Tensor, x: Tensor, weight: Tensor, next_weight: Tensor, eps: float) -> bool:
+    """Rows."""
+    return accepts_rms_norm_add(out, x, weight, eps) and _is_vector(next_weight, x.shape[1])
 
 
 # --- activations -----------------------------------------------------------------------------------------------------
@@ -511,6 +539,7 @@ def register(add: Callable[[ops.Op[..., Any], Callable[..., Any], Callable[..., 
     """Give each kernel of this module to `add(op, run, accepts)`."""
     add(ops.rms_norm, rms_norm, accepts_rms_norm)
     add(ops.rms_norm_add_, rms_norm_add_, accepts_rms_norm_add)
+    add(ops.rms_norm_add_norm_, rms_norm_add_norm_, accepts_rms_norm_add_norm)
     add(ops.silu_and_mul, silu_and_mul, is_rows)
     add(ops.gelu_tanh_and_mul, gelu_tanh_and_mul, is_rows)
     add(ops.softcap_, softcap_, lambda x, cap: is_rows(x))

@@ -50,6 +50,11 @@ def test_norms(device: torch.device, dtype: torch.dtype, size: int) -> None:
     close(out_there, out, steps=2)
     assert torch.equal(there.cpu(), x)
 
+    again, next_weight = strided(random(3, size, dtype=dtype, seed=1), device), random(size, seed=3).to(device)
+    assert rows.accepts_rms_norm_add_norm(again, there, weight_there, next_weight, 1e-6)
+    then = rows.rms_norm_add_norm_(again, there, weight_there, next_weight, 1e-6)
+    assert torch.equal(again, out_there) and torch.equal(then, rows.rms_norm(out_there.contiguous(), next_weight, 1e-6))
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("op", "kernel"), [
