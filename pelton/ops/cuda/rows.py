@@ -242,8 +242,8 @@ def _is_ids(ids: Tensor) -> bool:
 
 @triton.jit(do_not_specialize=["num"])
 def _copy_kernel(out_ptr, x_ptr, num, BLOCK: tl.constexpr):
-    """Some numbers a program, which are read before the kernel before has ended."""
-    let_next_begin()
+    """Some numbers a program, which are read before the kernel before has ended. The next one begins when all are
+    there: kernels of a step read what it began with before they wait."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < num)
     wait_for_previous()

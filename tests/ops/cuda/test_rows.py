@@ -204,6 +204,23 @@ def test_numbers_go_to_and_from_the_host(device: torch.device, num: int) -> None
     assert torch.equal(back[2 : num + 2], here[:num]) and not back[num + 2 :].any()
 
 
+def test_what_comes_from_the_host_can_be_read_without_waiting(device: torch.device) -> None:
+    """By the kernel that comes next, which reads its slots before the one before has ended."""
+    num = 1 << 20 if device.type == "cuda" else 1500
+    qkv, cos, sin = (random(1, size).to(device) for size in (4 * 16, 8, 8))
+    cache = make_cache(torch.float32, (0, 1, 2, 3), 16, device)
+    here, there = torch.zeros(num, dtype=torch.int64), torch.zeros(num, dtype=torch.int64, device=device)
+    if device.type == "cuda":
+        here = here.pin_memory()
+    for slot in (3, 40, 140):
+        here[-1] = slot
+        rows.copy_from_host_(there, here)
+        rows.rope_and_store_(qkv, cos, sin, cache, there[-1:])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    assert cache.value.any(-1).any(-1).flatten().nonzero().flatten().tolist() == [3, 40, 140]
+
+
 def test_samples_are_filled_in(device: torch.device) -> None:
     token_ids = torch.arange(300, device=device)
     starts, rows_of = torch.tensor([0, 1, 7, 299], device=device), torch.tensor([-1, 2, 0, 1], device=device)
