@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from triton.language.extra import cuda
 from triton.runtime import driver
 
 from pelton.errors import DeviceError
-from pelton.ops.cuda.program import HOPPER, compiling_by
+from pelton.ops.cuda.program import HOPPER, compiling_by, is_compiling
 
 # From compute capability 9.0 on a kernel may be brought up while the one before it still runs.
 OVERLAPS = tl.constexpr(not knobs.runtime.interpret and torch.cuda.get_device_capability() >= (9, 0))
@@ -58,10 +58,20 @@ def ask_for(pointers, there):
         )
 
 
-# In place of a kernel that is being compiled.
 _NOTHING = SimpleNamespace(
     launch_metadata=lambda *args: None, run=lambda *args: None, function=None, packed_metadata=None
 )
+
+
+class _Unready:
+    """In place of a kernel that is being compiled: nothing, where kernels are only compiled; elsewhere the kernel, once
+    it is there. From version 3.9 on Triton keeps it where other threads find it."""
+
+    def __init__(self, kernel: Future[Any]) -> None:
+        self._kernel = kernel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_NOTHING if is_compiling() else self._kernel.result(), name)
 
 
 class _Later(triton.AsyncCompileMode):  # type: ignore[misc]
@@ -83,8 +93,7 @@ class _Later(triton.AsyncCompileMode):  # type: ignore[misc]
                 self._failures.append(error)
                 raise
 
-        super().submit(key, compile_or_note, *others)
-        return _NOTHING
+        return _Unready(super().submit(key, compile_or_note, *others).future)
 
     def check(self) -> None:
         """DeviceError, if a kernel could not be compiled."""

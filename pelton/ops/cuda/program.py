@@ -54,6 +54,11 @@ def compiling_by(executor: Executor) -> Iterator[None]:
         image.result()
 
 
+def is_compiling() -> bool:
+    """Whether this is such a context."""
+    return _compiling.get() is not None
+
+
 class Function:
     """A kernel, taking one struct of arguments."""
 
@@ -88,7 +93,7 @@ class Function:
     def launch(self, grid: tuple[int, int], num_threads: int, args: ctypes.Structure, shared_bytes: int = 0) -> None:
         """Enqueue on the device's current stream. The kernel may begin while the one before still runs, and waits for
         it. shared_bytes: of each block, beside what the kernel has for itself."""
-        if _compiling.get() is not None:
+        if is_compiling():
             return
         function = self._ready(shared_bytes)
         attribute = _Attribute(OVERLAP, b"", _Value(programmatic=1))

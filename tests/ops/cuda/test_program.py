@@ -189,6 +189,35 @@ def test_after_a_kernel_that_does_not_compile_others_can_be(
         load(2)
 
 
+def test_another_thread_waits_for_a_kernel_that_is_being_compiled(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here nothing is launched; what Triton keeps of it launches later too, or says why not."""
+    from triton.runtime._async_compile import active_mode
+
+    monkeypatch.setattr(launch.knobs.runtime, "interpret", False)
+    kernel, ready = MagicMock(), threading.Event()
+
+    def compile_kernel() -> MagicMock:
+        ready.wait(60)
+        return kernel
+
+    with ThreadPoolExecutor(1) as executor, launch.only_compiling():
+        mode = active_mode.get()
+        others = [lambda *given: None] * (len(signature(triton.AsyncCompileMode.submit).parameters) - 3)
+        unready = mode.submit("good", compile_kernel, *others)
+        unready.run("here")
+        there = executor.submit(lambda: unready.run("there"))
+        ready.set()
+        there.result(60)
+    unready.run("later")
+    assert [call.args for call in kernel.run.call_args_list] == [("there",), ("later",)]
+    with pytest.raises(DeviceError), launch.only_compiling():
+        unready = active_mode.get().submit("bad", lambda: 1 / 0, *others)
+    with pytest.raises(ZeroDivisionError):
+        unready.run("later")
+
+
 def test_two_threads_load_a_function_once(driver: Driver) -> None:
     meet, used = threading.Barrier(2), []
 
