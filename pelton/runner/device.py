@@ -141,7 +141,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         is_ours = isinstance(error, (torch.OutOfMemoryError, OutOfMemoryError))
         if is_ours or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
             return True
-        error = error.__context__
+        error = error.__cause__ or error.__context__
     return False
 
 

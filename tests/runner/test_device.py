@@ -98,6 +98,10 @@ def out_of_memory_in_a_capture() -> None:
         raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
 
+def out_of_memory_where_a_kernel_is_loaded() -> None:
+    raise DeviceError("a kernel does not compile") from RuntimeError("Triton Error [CUDA]: out of memory")
+
+
 @pytest.mark.parametrize(
     ("compute", "asked"),
     [
@@ -106,6 +110,7 @@ def out_of_memory_in_a_capture() -> None:
         (raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")), ""),
         (raising(OutOfMemoryError("launch failed on the GPU: out of memory")), ""),
         (out_of_memory_in_a_capture, ""),
+        (out_of_memory_where_a_kernel_is_loaded, ""),
     ],
 )
 def test_out_of_memory(compute: Callable[[], None], asked: str) -> None:

@@ -65,7 +65,7 @@ _NOTHING = SimpleNamespace(
 
 class _Unready:
     """In place of a kernel that is being compiled: nothing, where kernels are only compiled; elsewhere the kernel, once
-    it is there. From version 3.9 on Triton keeps it where other threads find it."""
+    it is there: Triton 3.9 keeps this where other threads find it, 3.6 does not."""
 
     def __init__(self, kernel: Future[Any]) -> None:
         self._kernel = kernel
@@ -96,7 +96,7 @@ class _Later(triton.AsyncCompileMode):  # type: ignore[misc]
         return _Unready(super().submit(key, compile_or_note, *others).future)
 
     def check(self) -> None:
-        """DeviceError, if a kernel could not be compiled."""
+        """DeviceError, if a kernel could not be compiled, or loaded: its cause tells whether memory ran out."""
         for error in self._failures[:1]:
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             raise DeviceError(
