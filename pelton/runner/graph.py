@@ -82,7 +82,7 @@ class Graphs(Captured):
             if size & (size - 1) == 0 or size == max_requests:  # kernels are made for powers of two
                 self._compute(size)
         self.buffers.upload(1, (self.token_ids, [-1]))  # and what stands around it
-        Mailbox().send(self.token_ids)
+        Mailbox().send(self.token_ids)()  # waits: else what is sent may arrive where another has its memory by then
 
     def capture(self, lazily: bool) -> None:
         """Before the first `run`. lazily: all graphs but one are captured by the steps that need them first."""
