@@ -47,8 +47,8 @@ from pelton.ops.cuda.rows import accepts_rope_and_store, norm_factor, rotate, sc
 
 PART = 128  # keys
 MAX_PARTS = 64
-MAX_PROGRAMS = 2  # for each of a GPU's processors; one more where there are
-MANY_REQUESTS = 129
+MAX_PROGRAMS = 2  # for each of a GPU's processors
+MANY_REQUESTS = 129  # from so many on there is one more
 MAX_HEAD_SIZE = 256
 MAX_GROUP = 64  # query heads that share a key head
 MAX_GROUP_SIZE = 8192  # numbers of their queries

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pelton import ops
 from pelton.ops.cuda import attention, rows
+from pelton.ops.cuda.launch import counters
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy's
 
@@ -114,6 +115,19 @@ def test_decodes_in_several_parts(device: torch.device, window: int | None) -> N
 
 def test_one_decode_over_many_parts(device: torch.device) -> None:
     check(*arguments(device, [1], [700]))
+
+
+def test_many_decodes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More programs share them, which leaves all bits as they are."""
+    args, clean = arguments(device, [1] * 6, [300, 31, 33, 1, 128, 90], (4, 2, 64), (BF16, BF16))
+    programs, make_parts = [], attention._parts
+    monkeypatch.setattr(attention, "num_processors", lambda device: 4)
+    monkeypatch.setattr(attention, "_parts", lambda num, *given: programs.append(num) or make_parts(num, *given))
+    few = attention.paged_attention(*args)
+    monkeypatch.setattr(attention, "MANY_REQUESTS", 6)
+    check(args, clean)
+    assert torch.equal(attention.paged_attention(*args), few) and programs == [8, 12, 12]
+    assert not counters(device).any()
 
 
 @pytest.mark.parametrize("window", [None, 40])
