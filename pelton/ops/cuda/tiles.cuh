@@ -305,6 +305,7 @@ constexpr int COPIES = ENTRY < 128 ? ENTRY / 4 : 32;
 #define TABLE_SIZE (64 * ENTRY)
 template <int threads, class ValueOf>
 __device__ __forceinline__ void fill_table(u32* table, ValueOf value_of) {
+    static_assert(4 * threads / COPIES % 16 == 0);  // all pairs of a thread have one lower value
     const u32 byte = 4 * threadIdx.x / COPIES;
     u8* to = (u8*)table + byte * ENTRY + 16 * threadIdx.x % (4 * COPIES);
     const float low = value_of(byte % 16);
