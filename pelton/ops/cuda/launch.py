@@ -97,7 +97,8 @@ class _Later(triton.AsyncCompileMode):  # type: ignore[misc]
 
     def check(self) -> None:
         """DeviceError, if a kernel could not be compiled, or loaded: its cause tells whether memory ran out."""
-        for error in self._failures[:1]:
+        if self._failures:
+            error = self._failures[0]
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             raise DeviceError(
                 f"a kernel does not compile for {torch.cuda.get_device_name(self._device)} ({why}); install torch and "
