@@ -160,11 +160,23 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def _load_rows(x, store, block, slot, g, there, MASKED: tl.constexpr):
-    """Keys or values [keys, WIDTH] in the query's dtype; zeros where there are none, and nothing else is read."""
+def _find_keys(store, block, slot, g, KEYS: tl.constexpr):
+    """Where a span lies: a pointer, and offsets [KEYS] from it. block and slot: of its first key, if the span lies in
+    one block, for which offsets are the same in every span; else of each key."""
+    if block.type.is_block():
+        first, offsets = store.numbers, block * store.block + (slot * store.slot + g * store.head)
+    else:
+        first = store.numbers + (block * store.block + (slot * store.slot + g * store.head))
+        offsets = tl.arange(0, KEYS) * store.slot
+    return first, offsets
+
+
+@triton.jit
+def _load_rows(x, store, block, slot, g, there, KEYS: tl.constexpr, MASKED: tl.constexpr):
+    """Keys or values [KEYS, WIDTH] in the query's dtype; zeros where there are none, and nothing else is read."""
     column = tl.arange(0, x.shape.WIDTH)[None, :]
-    offsets = block * store.block + (slot * store.slot + g * store.head)
-    pointers = store.numbers + offsets[:, None] + column
+    first, offsets = _find_keys(store, block, slot, g, KEYS)
+    pointers = first + (offsets[:, None] + column)
     if MASKED:
         rows = tl.load(pointers, mask=there[:, None] & (column < x.shape.HEAD_SIZE), other=0.0)
     elif x.shape.WIDTH != x.shape.HEAD_SIZE:
@@ -177,10 +189,10 @@ def _load_rows(x, store, block, slot, g, there, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _load_scales(store, block, slot, g, there):
-    """Scales of keys or values, [1, keys]."""
-    pointers = store.numbers + block * store.block + (slot * store.slot + g * store.head)
-    return tl.load(pointers, mask=there, other=0.0)[None, :]
+def _load_scales(store, block, slot, g, there, KEYS: tl.constexpr):
+    """Scales of keys or values, [1, KEYS]."""
+    first, offsets = _find_keys(store, block, slot, g, KEYS)
+    return tl.load(first + offsets, mask=there, other=0.0)[None, :]
 
 
 @triton.jit
@@ -197,16 +209,15 @@ def _add_span(
     blocks = x.block_table + r.to(tl.int64) * x.table_request
     if x.shape.BLOCK_SIZE % KEYS == 0:  # the span lies in one block
         block = tl.load(blocks + begin // x.shape.BLOCK_SIZE).to(tl.int64)
-    elif MASKED:
-        block = tl.load(blocks + at // x.shape.BLOCK_SIZE, mask=there, other=0).to(tl.int64)
+        slot = begin - begin // x.shape.BLOCK_SIZE * x.shape.BLOCK_SIZE
     else:
-        block = tl.load(blocks + at // x.shape.BLOCK_SIZE).to(tl.int64)
-    slot = at % x.shape.BLOCK_SIZE
+        block = tl.load(blocks + at // x.shape.BLOCK_SIZE, mask=there, other=0).to(tl.int64)
+        slot = at % x.shape.BLOCK_SIZE
 
-    key = _load_rows(x, x.key, block, slot, g, there, MASKED)
+    key = _load_rows(x, x.key, block, slot, g, there, KEYS, MASKED)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")  # [rows, KEYS]
     if x.key_scale is not None:
-        scores *= _load_scales(x.key_scale, block, slot, g, there)
+        scores *= _load_scales(x.key_scale, block, slot, g, there, KEYS)
     if x.softcap is not None:  # tanh(s) = 1 - 2 / (e^2s + 1), right at both infinities too
         scores = 1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E * x.scale / x.softcap)) + 1.0)
         factor = x.softcap * LOG2_E
@@ -222,8 +233,8 @@ def _add_span(
     decay = tl.exp2(sums.maximum - shift)
     total = sums.total * decay + tl.sum(weights, 1)
     if x.value_scale is not None:
-        weights *= _load_scales(x.value_scale, block, slot, g, there)
-    value = _load_rows(x, x.value, block, slot, g, there, MASKED)
+        weights *= _load_scales(x.value_scale, block, slot, g, there, KEYS)
+    value = _load_rows(x, x.value, block, slot, g, there, KEYS, MASKED)
     weighted = tl.dot(weights.to(value.dtype), value, sums.weighted * decay[:, None], input_precision="ieee")
     return Sums(maximum, total, weighted)
 
