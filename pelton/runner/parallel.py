@@ -6,6 +6,7 @@ So nothing has to be equal to the last bit, and what only rank 0 has (functions,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from pelton.ops.parallel import Ranks
 from pelton.ops.sampling import Draws
 from pelton.runner.requests import RequestState
 from pelton.runner.sampler import Sample, Sampler
+
+if TYPE_CHECKING:
+    from pelton.ops.cuda.sampling import Mailbox
 
 NO_TOKEN = -1  # the request has ended; any negative number stands for that
 FAILED = -(1 << 40)  # no token could be sampled for any request
@@ -60,6 +64,7 @@ class Follower:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
+        self._mailbox: Mailbox | None = None
 
     def __call__(self, states: Sequence[RequestState], logits: Tensor) -> list[Sample | str]:
         """What rank 0 sampled. Raises where that failed."""
@@ -73,11 +78,12 @@ class Follower:
         self, states: Sequence[RequestState], logits: Tensor, token_ids: Tensor | None = None
     ) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
         """The same on a GPU, without waiting."""
-        from pelton.ops.cuda.sampling import Pending  # its kernels need Triton
+        from pelton.ops.cuda.sampling import Mailbox  # its kernels need Triton
 
         token_ids = self._hear(len(states), logits.device)
-        pending = Pending.of(token_ids, token_ids)
-        return token_ids, lambda: _samples(pending.fetch()[0])
+        self._mailbox = self._mailbox or Mailbox()
+        fetch = self._mailbox.send(token_ids)
+        return token_ids, lambda: _samples(fetch())
 
     def _hear(self, num: int, device: torch.device) -> Tensor:
         return self._ranks.broadcast_(torch.empty(num, dtype=torch.int64, device=device))
