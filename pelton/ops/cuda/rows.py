@@ -41,16 +41,16 @@ def _is_vector(weight: Tensor | None, size: int) -> bool:
 
 @triton.jit
 def _norm_kernel(
-    out_ptr, x_ptr, weight_ptr, next_ptr, next_weight_ptr, eps, size, out_stride, x_stride, next_stride,
-    ADD: tl.constexpr, NEXT: tl.constexpr, BLOCK: tl.constexpr,
+    out_ptr, x_ptr, weight_ptr, next_ptr, next_weight_ptr, eps, size, out_stride, x_stride, ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One row a program; with NEXT the norm of what was written as well."""
+    """One row a program; with next_ptr, the norm of what was written as well, to contiguous rows."""
     let_next_begin()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)  # never changes
-    if NEXT:
+    if next_ptr is not None:
         next_weight = tl.load(next_weight_ptr + column, mask=inside, other=0.0)
     wait_for_previous()
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -60,9 +60,9 @@ def _norm_kernel(
         y = tl.load(out, mask=inside, other=0.0).to(tl.float32) + y.to(x_ptr.dtype.element_ty).to(tl.float32)
     y = y.to(out_ptr.dtype.element_ty)
     tl.store(out, y, mask=inside)
-    if NEXT:
+    if next_ptr is not None:
         y = _normalised(y.to(tl.float32), next_weight, size, eps)
-        tl.store(next_ptr + row * next_stride + column, y.to(next_ptr.dtype.element_ty), mask=inside)
+        tl.store(next_ptr + row * size + column, y.to(next_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -74,14 +74,13 @@ def _normalise(
     out: Tensor, x: Tensor, weight: Tensor, eps: float, add: bool, then: Tensor | None = None,
     next_weight: Tensor | None = None,
 ) -> None:
-    """out (+)= rms_norm(x); then = rms_norm(out, next_weight), if that is given: all [T, K]."""
+    """out (+)= rms_norm(x); then, contiguous, = rms_norm(out, next_weight), if that is given: all [T, K]."""
     num_rows, size = x.shape
     block = triton.next_power_of_2(size)
     if num_rows:
-        next_stride = 0 if then is None else then.stride(0)
         _norm_kernel[(num_rows,)](
-            out, x, weight, then, next_weight, eps, size, out.stride(0), x.stride(0), next_stride,
-            ADD=add, NEXT=then is not None, BLOCK=block, num_warps=min(max(block // 256, 1), 16), **OVERLAP,
+            out, x, weight, then, next_weight, eps, size, out.stride(0), x.stride(0), ADD=add, BLOCK=block,
+            num_warps=min(max(block // 256, 1), 16), **OVERLAP,
         )
 
 
