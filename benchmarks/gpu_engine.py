@@ -28,9 +28,11 @@ VLLM_ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }  # fmt: skip
+COMMON = {"load_format": "dummy", "dtype": "bfloat16", "max_model_len": 8320, "max_num_seqs": 256,
+          "enable_prefix_caching": False}  # fmt: skip
 OPTIONS = {  # of LLM; vLLM's step is as large as it makes it on an H200 itself
-    "pelton": {"max_num_batched_tokens": 8192},
-    "vllm": {"max_num_batched_tokens": 16384, "skip_tokenizer_init": True},
+    "pelton": {**COMMON, "max_num_batched_tokens": 8192},
+    "vllm": {**COMMON, "max_num_batched_tokens": 16384, "skip_tokenizer_init": True},
 }
 
 
@@ -48,10 +50,7 @@ def main() -> None:
     start = time.perf_counter()
     engine = importlib.import_module(args.engine)
     folder = args.config if args.engine == "vllm" else with_tokenizer(args.config)
-    options = {
-        "load_format": "dummy", "dtype": "bfloat16", "max_model_len": 8320, "max_num_seqs": 256,
-        "enable_prefix_caching": False, **OPTIONS[args.engine], **args.options,
-    }
+    options = {**OPTIONS[args.engine], **args.options}
     imported = time.perf_counter()
     llm = engine.LLM(model=str(folder), **options)
     loaded = time.perf_counter()

@@ -40,9 +40,8 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="arguments of LLM")
     args = parser.parse_args()
 
-    options = {"max_model_len": 8320, "max_num_seqs": 256, "enable_prefix_caching": False, **OPTIONS["pelton"]}
     folder = with_tokenizer(args.config)
-    llm = pelton.LLM(str(folder), load_format="dummy", dtype="bfloat16", **{**options, **args.options})
+    llm = pelton.LLM(str(folder), **{**OPTIONS["pelton"], **args.options})
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     prompts = torch.randint(100, vocab_size - 100, (args.requests, args.prompt)).tolist()
     params = pelton.SamplingParams(temperature=0.0, max_tokens=args.new, ignore_eos=True, detokenize=False)
@@ -107,12 +106,11 @@ def kernels_of(profiler: Any) -> list[Kernel]:
 def report(kernels: Sequence[Kernel], first: int, num_steps: int) -> None:
     """Of steps, each of which ends with the kernel that draws."""
     ends = [i + 1 for i, (_, _, name) in enumerate(kernels) if name == "draw_kernel"]
-    some = kernels[ends[first] : ends[min(first + num_steps, len(ends) - 1)]]
     num_steps = min(num_steps, len(ends) - 1 - first)
     counts: dict[str, int] = defaultdict(int)
     alone, idle = defaultdict(float), defaultdict(float)
     end = kernels[ends[first] - 1][1]
-    for begin, until, name in some:
+    for begin, until, name in kernels[ends[first] : ends[first + num_steps]]:
         counts[name] += 1
         idle[name] += max(0, begin - end) / 1e3
         alone[name] += max(0, until - max(begin, end)) / 1e3
