@@ -26,7 +26,7 @@ class Unmade(LinearWeight):
         self.shape = shape
 
     def dequantize(self) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"a weight {list(self.shape)} that is only counted has no numbers")
 
 
 class DummyCheckpoint(Checkpoint):
@@ -54,8 +54,8 @@ class DummyCheckpoint(Checkpoint):
         """Normal with deviation `scale`; around 1 for norms."""
         name = self.full_name(name)
         self._counter.num_weights += math.prod(shape)
-        if self.device.type == "meta":  # vectors are added to: there that would import torch's compiler, for seconds
-            return torch.empty(shape, device="cpu" if len(shape) == 1 else "meta", dtype=dtype or self.dtype)
+        if self.device.type == "meta":  # a vector, to which is added: there that imports torch's compiler, for seconds
+            return torch.empty(shape, dtype=dtype or self.dtype)
         values = torch.randn(shape, generator=self._generator(name), device=self.device) * self._scale
         if "norm" in name:
             values += 1
