@@ -24,6 +24,7 @@ from pelton.ops.recording import Recorder
 from pelton.ops.sampling import Draws
 from pelton.runner.batch import BatchBuffers, Previous
 from pelton.runner.kv_cache import KVCache
+from pelton.runner.mailbox import Mailbox
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, *range(48, 128, 16), *range(128, 1025, 32))  # requests of a CUDA graph
 
@@ -66,8 +67,6 @@ class Graphs(Captured):
 
     def __init__(self, model: Model, kv: KVCache, max_requests: int, max_blocks: int) -> None:
         """Also launches what steps do, of whatever size: may be called in `ops.cuda.launch.only_compiling`."""
-        from pelton.ops.cuda.sampling import Mailbox  # its kernels need Triton
-
         self.buffers = BatchBuffers(kv, max_requests, max_requests, max_blocks)
         self._model = model
         self._sizes = [size for size in SIZES if size < max_requests] + [max_requests]

@@ -6,18 +6,15 @@ So nothing has to be equal to the last bit, and what only rank 0 has (functions,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pelton.ops.parallel import Ranks
 from pelton.ops.sampling import Draws
+from pelton.runner.mailbox import Mailbox
 from pelton.runner.requests import RequestState
 from pelton.runner.sampler import Sample, Sampler
-
-if TYPE_CHECKING:
-    from pelton.ops.cuda.sampling import Mailbox
 
 NO_TOKEN = -1  # the request has ended; any negative number stands for that
 FAILED = -(1 << 40)  # no token could be sampled for any request
@@ -64,7 +61,7 @@ class Follower:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._mailbox: Mailbox | None = None
+        self._mailbox = Mailbox()
 
     def __call__(self, states: Sequence[RequestState], logits: Tensor) -> list[Sample | str]:
         """What rank 0 sampled. Raises where that failed."""
@@ -78,10 +75,7 @@ class Follower:
         self, states: Sequence[RequestState], logits: Tensor, token_ids: Tensor | None = None
     ) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
         """The same on a GPU, without waiting."""
-        from pelton.ops.cuda.sampling import Mailbox  # its kernels need Triton
-
         token_ids = self._hear(len(states), logits.device)
-        self._mailbox = self._mailbox or Mailbox()
         fetch = self._mailbox.send(token_ids)
         return token_ids, lambda: _samples(fetch())
 

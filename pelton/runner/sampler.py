@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -16,11 +15,9 @@ from pelton.engine.step import TokenLogprobs
 from pelton.ops.sampling import NO_TOKEN_LEFT, NOT_FINITE, Constraint, Draws, SampleRow, Scores, adjust, mix, sample
 from pelton.runner.grammar import GrammarError, Grammars
 from pelton.runner.logprobs import NON_FINITE
+from pelton.runner.mailbox import Mailbox
 from pelton.runner.requests import RequestState
 from pelton.types import LogitsProcessor, SamplingParams
-
-if TYPE_CHECKING:
-    from pelton.ops.cuda.sampling import Mailbox  # its kernels need Triton
 
 Sample = tuple[int, TokenLogprobs | None]
 
@@ -41,7 +38,7 @@ class Sampler:
     def __init__(self, seed: int, grammars: Grammars | None = None) -> None:
         self.seed = seed
         self.grammars = grammars
-        self._mailbox: Mailbox | None = None
+        self._mailbox = Mailbox()
 
     def __call__(self, states: Sequence[RequestState], logits: Tensor) -> list[Sample | str]:
         """For each request's logits [M, V] float32: the token and the logprobs asked for, or why there is none."""
@@ -61,10 +58,9 @@ class Sampler:
     ) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
         """The same on a GPU, without waiting: the token ids there (or codes in their place), and a function that waits
         for what is returned else. token_ids: what a captured step has sampled by `draws`."""
-        from pelton.ops.cuda.sampling import Mailbox, start_sample
+        from pelton.ops.cuda.sampling import start_sample
 
         if token_ids is not None:
-            self._mailbox = self._mailbox or Mailbox()
             fetch = self._mailbox.send(token_ids)
             return token_ids, lambda: _samples(fetch(), {}, {})
         rows, constraints, faults = self._prepare(states, logits)

@@ -17,7 +17,6 @@ from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -288,7 +287,7 @@ def test_what_is_begun_ahead_changes_nothing(
     make_core: Callable[..., EngineCore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pelton.ops.cuda.rows", SimpleNamespace(fill_in_=fill_in_))
-    sampling = SimpleNamespace(draws_of=draws_of, choose_=choose_, Mailbox=MagicMock(), start_sample=None)
+    sampling = SimpleNamespace(draws_of=draws_of, choose_=choose_, start_sample=None)
     monkeypatch.setitem(sys.modules, "pelton.ops.cuda.sampling", sampling)
     monkeypatch.setitem(sys.modules, "pelton.quant.gpu", SimpleNamespace(noting_order=nullcontext))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,7 +22,6 @@ from torch.nn import functional as F
 from pelton import ops
 from pelton.ops.cuda import sampling_kernels as kernels
 from pelton.ops.cuda.launch import OVERLAP, on_gpu
-from pelton.ops.cuda.rows import copy_to_host_
 from pelton.ops.sampling import Constraint, Draws, SampleRow, Scores, _finalise, sample
 
 MAX_VOCAB: int = kernels.LAST_ID.value  # the keys and sums of the kernels have room for no more
@@ -148,35 +146,6 @@ class Pending:
         num_rows = self.token_ids_on_device.shape[0]
         token_ids: list[int] = self.results[:num_rows].tolist()
         return token_ids, {} if self.wanted is None else self.wanted.read(token_ids, self.results[num_rows:].numpy())
-
-
-class Mailbox:
-    """Pinned memory in which tokens arrive from a GPU. A kernel writes them: the GPU's copying engines begin later."""
-
-    def __init__(self) -> None:
-        self._places: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-
-    def send(self, tokens: Tensor) -> Callable[[], list[int]]:
-        """Enqueue the transfer of int64 [M], whose place on the device later work may use again. Returns what waits for
-        it, which is to be called before three more are sent."""
-        num = tokens.shape[0]
-        if tokens.device.type != "cuda":
-            return tokens.clone().tolist
-        if len(self._places) < 3:
-            self._places.appendleft((torch.empty(0, dtype=torch.int64), torch.cuda.Event()))
-        host, event = self._places.popleft()
-        event.synchronize()  # of a batch that nobody waited for
-        if len(host) < num:
-            host = torch.empty(triton.next_power_of_2(num), dtype=torch.int64, pin_memory=True)
-        self._places.append((host, event))
-        copy_to_host_(host[:num], tokens)
-        event.record(torch.cuda.current_stream(tokens.device))
-
-        def fetch() -> list[int]:
-            event.synchronize()
-            return host[:num].tolist()
-
-        return fetch
 
 
 def start_sample(

@@ -213,19 +213,6 @@ def test_captured(device: torch.device, choices: Choices) -> None:
         assert sampling.Pending.of(tokens[:num], tokens[:num]).fetch() == (tokens[:num].tolist(), {})
 
 
-def test_tokens_arrive_in_order(device: torch.device) -> None:
-    """However many there are, while two more are on their way, and where nobody waits for some."""
-    mailbox, tokens = sampling.Mailbox(), torch.empty(3000, dtype=torch.int64, device=device)
-    waiting = []
-    for step in range(20):
-        tokens.fill_(step)
-        waiting.append((step, mailbox.send(tokens[: 100 * (step % 7) + 1])))
-        if len(waiting) > 2:
-            sent, fetch = waiting.pop(0)
-            if step % 5:
-                assert fetch() == [sent] * (100 * (sent % 7) + 1)
-
-
 @pytest.mark.parametrize(
     "more", [{"bias": {1: 2.0}}, {"allowed_ids": [3]}, {"num_top": 0}, {"repetition_penalty": 1.1},
              {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}], ids=str,
