@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -47,7 +48,7 @@ def main() -> None:
     params = pelton.SamplingParams(temperature=0.0, max_tokens=args.new, ignore_eos=True, detokenize=False)
 
     llm.generate(prompts, params, use_tqdm=False)  # all that is compiled or captured late is
-    times, middle = [], args.new // 2
+    times = []
     with watching() as samples:
         for _ in steps_of(llm, prompts, params):
             times.append(time.perf_counter())
@@ -57,11 +58,13 @@ def main() -> None:
         clock, power = (statistics.mean(values) for values in zip(*samples[len(samples) // 2 :], strict=True))
         print(f"{clock:.0f} MHz, {power:.0f} W in the second half of the run")
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for i, _ in enumerate(steps_of(llm, prompts, params)):
-            if i == middle + args.profiled:
-                break
-    report(kernels_of(profiler), middle, args.profiled)
+    steps = steps_of(llm, prompts, params)
+    for _ in range(args.new // 2):
+        next(steps)
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        for _ in range(args.profiled + 2):
+            next(steps)
+    report(kernels_of(profiler), args.profiled)
 
 
 def steps_of(llm: Any, prompts: Sequence[Sequence[int]], params: Any) -> Iterator[None]:
@@ -103,14 +106,16 @@ def kernels_of(profiler: Any) -> list[Kernel]:
     return sorted((e.start_ns(), e.start_ns() + e.duration_ns(), e.name()) for e in found)
 
 
-def report(kernels: Sequence[Kernel], first: int, num_steps: int) -> None:
-    """Of steps, each of which ends with the kernel that draws."""
-    ends = [i + 1 for i, (_, _, name) in enumerate(kernels) if name == "draw_kernel"]
-    num_steps = min(num_steps, len(ends) - 1 - first)
+def report(kernels: Sequence[Kernel], num_steps: int) -> None:
+    """Of steps, each of which ends with the kernel that sends its tokens to the host."""
+    ends = [i + 1 for i, (_, _, name) in enumerate(kernels) if name == "_send_kernel"]
+    num_steps = min(num_steps, len(ends) - 1)
+    if num_steps < 1:
+        sys.exit(f"the profiler saw the ends of {len(ends)} steps, {len(kernels)} kernels in all")
     counts: dict[str, int] = defaultdict(int)
     alone, idle = defaultdict(float), defaultdict(float)
-    end = kernels[ends[first] - 1][1]
-    for begin, until, name in kernels[ends[first] : ends[first + num_steps]]:
+    end = kernels[ends[0] - 1][1]
+    for begin, until, name in kernels[ends[0] : ends[num_steps]]:
         counts[name] += 1
         idle[name] += max(0, begin - end) / 1e3
         alone[name] += max(0, until - max(begin, end)) / 1e3
