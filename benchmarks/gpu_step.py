@@ -15,9 +15,10 @@ import statistics
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,9 @@ def main() -> None:
         print(f"{clock:.0f} MHz, {power:.0f} W in the second half of the run")
 
     steps = steps_of(llm, prompts, params)
-    for _ in range(args.new // 2):
-        next(steps)
+    deque(islice(steps, args.new // 2), maxlen=0)
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
-        for _ in range(args.profiled + 2):
-            next(steps)
+        deque(islice(steps, args.profiled + 2), maxlen=0)
     report(kernels_of(profiler), args.profiled)
 
 

@@ -210,15 +210,13 @@ def _add_span(
     at = begin + tl.arange(0, KEYS)
     there = (at >= first_key) & (at <= last_key)
     blocks = x.block_table + r.to(tl.int64) * x.table_request
+    slot = at % x.shape.BLOCK_SIZE
     if x.shape.BLOCK_SIZE % KEYS == 0:  # the span lies in one block
         block = tl.load(blocks + begin // x.shape.BLOCK_SIZE).to(tl.int64)
-        if x.shape.WIDTH <= 128:
+        if x.shape.WIDTH <= 128:  # for larger heads one pointer takes registers that are not there
             slot = begin - begin // x.shape.BLOCK_SIZE * x.shape.BLOCK_SIZE
-        else:  # a pointer for the span takes instructions less, but registers that are not there
-            slot = at % x.shape.BLOCK_SIZE
     else:
         block = tl.load(blocks + at // x.shape.BLOCK_SIZE, mask=there, other=0).to(tl.int64)
-        slot = at % x.shape.BLOCK_SIZE
 
     key = _load_rows(x, x.key, block, slot, g, there, KEYS, MASKED)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")  # [rows, KEYS]
