@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 from engine_figures import timer
@@ -49,6 +50,8 @@ def main() -> None:
         os.environ.update({name: value for name, value in VLLM_ENVIRONMENT.items() if name not in os.environ})
     start = time.perf_counter()
     engine = importlib.import_module(args.engine)
+    if args.engine == "pelton":
+        fill_as_vllm()
     folder = args.config if args.engine == "vllm" else with_tokenizer(args.config)
     options = {**OPTIONS[args.engine], **args.options}
     imported = time.perf_counter()
@@ -74,6 +77,20 @@ def main() -> None:
         else:
             seconds(256, 512, 8)
             tell(part, output_tokens_per_s=256 * 256 / seconds(256, 512, 256))
+
+
+def fill_as_vllm() -> None:
+    """Have pelton's random numbers uniform within 0.001, norms too, as vLLM's are: how much power a GPU takes to
+    multiply them, and so its clock, depends on the numbers (1% of 256 requests at once)."""
+    import torch
+
+    from pelton.weights.dummy import DummyCheckpoint
+
+    def numbers(self: DummyCheckpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
+        return (torch.rand(shape, generator=generator, device=self.device) - 0.5) * 0.002
+
+    DummyCheckpoint.numbers = numbers
 
 
 def tell(part: str, **figures: float) -> None:

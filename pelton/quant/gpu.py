@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pelton import ops
-from pelton.ops.cuda import blas, few_rows, int8, rows, same_rows
+from pelton.ops.cuda import blas, few_rows, gated_rows, int8, rows, same_rows
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 from pelton.quant import CODED
 from pelton.quant.codes import Codes
@@ -54,12 +54,19 @@ class Whole(OnGPU):
     then: Tensor | Tiles | None = None  # what is multiplied with after it in a step
 
     def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
+        if _noted() is not None:
+            return None
         some = x[:1] if self.deterministic else x  # any number of rows is multiplied, a few at a time
-        if _noted() is not None or not self._is_for_few(x) or not few_rows.accepts_gated(some, self.operand):
+        is_for_few = self._is_for_few(x) and few_rows.accepts_gated(some, self.operand)
+        is_for_many = not self.deterministic and gated_rows.accepts(x, self.operand)
+        if not is_for_few and not is_for_many:
             return None
         out = x.new_empty(x.shape[0], self.shape[0] // 2)
-        multiply = same_rows.multiply if self.deterministic else few_rows.multiply
-        multiply(x, self.operand, out, bias, gate=gate, then=self.then)
+        if is_for_few:
+            multiply = same_rows.multiply if self.deterministic else few_rows.multiply
+            multiply(x, self.operand, out, bias, gate=gate, then=self.then)
+        else:
+            gated_rows.multiply(x, self._numbers(x.dtype), out, bias, gate)
         return out
 
     def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
@@ -72,9 +79,12 @@ class Whole(OnGPU):
         if self._is_for_few(x) and few_rows.accepts(x, weight):
             few_rows.multiply(x, weight, out, bias, accumulate, then=self.then)
             return
-        numbers = few_rows.open_tiles(weight, x.dtype) if isinstance(weight, Tiles) else weight
+        numbers = self._numbers(x.dtype)
         with blas.for_rows(x.shape[0], x.device):
             _multiply(x, numbers, out, bias, accumulate)
+
+    def _numbers(self, dtype: torch.dtype) -> Tensor:
+        return few_rows.open_tiles(self.operand, dtype) if isinstance(self.operand, Tiles) else self.operand
 
     def _is_for_few(self, x: Tensor) -> bool:
         """Whether x has so few rows that torch is not as fast."""

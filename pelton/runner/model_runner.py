@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from pelton.runner.requests import RequestState, RequestTable
 from pelton.runner.sampler import Sample, Sampler
 
 IN_A_STEP = "in a step", "lower --gpu-memory-utilization, which leaves more to steps, or --max-num-batched-tokens"
-PROMPT = 128  # tokens of a prompt that kernels are compiled for: more than products of few rows take
+PROMPTS = 128, 2048  # tokens of prompts that kernels are compiled for: more than products of few rows take, and many
 LONG_PROMPT = 1024  # tokens on average, from which whole prompts are worth a call for each
 LOGITS_ROWS = 256  # rows of prompt logits made at once: 256 x 262,144 float32 are 268 MB
 
@@ -85,8 +85,8 @@ class ModelRunner:
 
         most = self.buffers.max_requests
         with only_compiling():
-            for num_requests in {1, most}:
-                num_tokens = min(num_requests + PROMPT, self.buffers.max_tokens)
+            for num_requests, num_prompt in product({1, most}, PROMPTS):
+                num_tokens = min(num_requests + num_prompt, self.buffers.max_tokens)
                 self.model.forward(self.buffers.batch(num_tokens, num_requests, num_wanted=num_requests))
             return Graphs(self.model, self.kv, most, self.buffers.max_blocks)
 

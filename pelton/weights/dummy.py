@@ -51,15 +51,17 @@ class DummyCheckpoint(Checkpoint):
         return True
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """Normal with deviation `scale`; around 1 for norms."""
-        name = self.full_name(name)
         self._counter.num_weights += math.prod(shape)
         if self.device.type == "meta":  # a vector, to which is added: there that imports torch's compiler, for seconds
             return torch.empty(shape, dtype=dtype or self.dtype)
+        return self.numbers(self.full_name(name), shape).to(self.device, dtype or self.dtype)
+
+    def numbers(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Those of a tensor by its full name: normal with deviation `scale`; around 1 for norms."""
         values = torch.randn(shape, generator=self._generator(name), device=self.device) * self._scale
         if "norm" in name:
             values += 1
-        return values.to(self.device, dtype or self.dtype)
+        return values
 
     def linear(
         self, name: str, shape: Shape, rows: range | None = None, columns: range | None = None

@@ -18,6 +18,11 @@ TABLE_BYTES = 10 << 10  # of a block's shared memory: what is not counted, and m
 RESERVED_BYTES = 2 << 10  # of a block's shared memory: what is not counted
 
 
+def num_sums(processors: int) -> int:
+    """Sums that are kept in memory for one product at a time, of blocks that share columns."""
+    return MAX_SHARING * processors * 8 * 2 * ROWS * MAX_ROWS
+
+
 class Cut(ABC):
     """Fields in capitals are compiled in."""
 
@@ -72,7 +77,9 @@ class Few(Cut):
 @dataclass(frozen=True)
 class More(Cut):
     """How more_rows.cu cuts the work: rows of x / 8, tiles of 16 weight rows of a warp, warps of a team, blocks that
-    share columns, chunks in memory, and blocks of a multiprocessor. On Hopper a block may have several teams."""
+    share columns, chunks in memory, and blocks of a multiprocessor; bytes from one pair to the next in its table of
+    values, for codes that are looked up; parts of a sum, if not one for each block and team. On Hopper a block may have
+    several teams."""
 
     NT: int
     MT: int
@@ -82,6 +89,8 @@ class More(Cut):
     BLOCKS: int
     TEAMS: int = 1
     WGMMA: int = 0
+    ENTRY: int = 32
+    PARTS: int = 0
 
     kernel = "more_rows"
 
@@ -100,13 +109,15 @@ class More(Cut):
 
 @dataclass(frozen=True)
 class Dense(Cut):
-    """How dense_rows.cu cuts the work: warps of a block, columns that a warp copies at a time, and how many such copies
-    of 16 rows are on their way. Beside that, blocks of the grid, and the rows and columns of x, all of which a block
-    holds in memory: they are given at launch."""
+    """How dense_rows.cu cuts the work: warps of a block, of which so many share columns, columns that a warp copies at
+    a time, how many such copies of 16 rows are on their way, and chains of products. Beside that, blocks of the grid,
+    and the rows and columns of x, all of which a block holds in memory: they are given at launch."""
 
     WARPS: int
+    PARTS: int
     CHUNK: int
     STAGES: int
+    CHAINS: int
     num_blocks: int
     num_rows: int
     num_in: int
@@ -172,13 +183,48 @@ def with_table(cut: Few, num_out: int, processors: int, memory: int) -> Few:
 
 
 @cache
+def with_more_table(cut: More, piece_bytes: int, shared_memory: int) -> More:
+    """The cut for codes that are looked up: the more copies of a table there are, the less do lanes wait for others."""
+    for entry in (128, 64):
+        room = cut.shared_bytes(piece_bytes) + 256 * entry + RESERVED_BYTES
+        if cut.BLOCKS * room <= shared_memory and cut.num_threads % entry == 0:  # for each thread as many
+            return replace(cut, ENTRY=entry)
+    return cut
+
+
+@cache
+def same_parts(num_out: int, num_in: int, processors: int) -> int:
+    """Parts of a sum in more_rows.cu where a row has the same bits whatever the number of rows: as many as give eight
+    warps of a multiprocessor work where x has few rows."""
+    parts = 1
+    while parts < 8 and -(-num_out // ROWS) * parts < 8 * processors and num_in >= 8 * COLUMNS * parts:
+        parts *= 2
+    return parts
+
+
+@cache
+def same_of_few(
+    num_out: int, is_gated: bool, piece_bytes: int, parts: int, processors: int, shared_memory: int
+) -> More:
+    """For up to eight rows of x, in so many parts: small blocks, so that few warps wait for each other."""
+    for warps in (4, 2):
+        cut = More(1, 2 if is_gated else 1, warps, parts, 1, 1, PARTS=parts)
+        needed = -(-cut.grid(num_out)[0] * parts // processors)
+        for blocks in range(min(needed, 4), 0, -1):
+            most = 6 if blocks <= 2 else 4
+            stages = min(most, (shared_memory // blocks - TABLE_BYTES) // cut.shared_bytes(piece_bytes))
+            if stages >= 3:
+                return replace(cut, STAGES=stages, BLOCKS=blocks)
+    return replace(cut, STAGES=stages)
+
+
+@cache
 def more(
     num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, processors: int, shared_memory: int,
-    same: bool = False,
+    parts: int | None = None,
 ) -> More:
     """As many warps as two stages have memory for, two blocks of a multiprocessor if they can be, and all
-    multiprocessors with as much to do as others. With `same`, the columns are split as for the most rows: nothing else
-    changes the order of a sum."""
+    multiprocessors with as much to do as others. parts: of a sum, if it is to have so many."""
     nt = _row_tiles(num_rows)
     mt = 2 if is_gated or (nt <= 4 and piece_bytes < 64) else 1
     num_warps, num_chunks = -(-num_out // (ROWS * mt)), -(-num_in // (2 * COLUMNS))
@@ -191,34 +237,32 @@ def more(
         rounds = -(-(-(-num_warps // warps) * split) // processors)
         return rounds * warps / split * (1.0 if rounds > 1 else 1.2), split
 
-    splits: tuple[int, ...] = 1, 2, 3, 4, 6, 8
-    if same:
-        splits = (more(MAX_ROWS, num_out, num_in, False, piece_bytes, processors, shared_memory).SPLIT,)
+    splits = [n for n in (1, 2, 3, 4, 6, 8) if n == 1 or (num_chunks >= 4 * n and (parts or n) % n == 0)]
     most = max(warps for warps in range(1, 9) if 2 * stage_bytes(warps) <= shared_memory - TABLE_BYTES)
     cuts = [
         (warps, split) for warps in range(most, min(most, 4) - 1, -1) for split in splits
-        if split == 1 or (num_chunks >= 4 * split and -(-num_warps // warps) * split <= MAX_SHARING * processors)
+        if split == 1 or -(-num_warps // warps) * split <= MAX_SHARING * processors
     ]
     warps, split = min(cuts, key=cost)
     blocks = 2 if nt * mt <= 8 and shared_memory // 2 - TABLE_BYTES >= 3 * stage_bytes(warps) else 1
     stages = min(4, (shared_memory // blocks - TABLE_BYTES) // stage_bytes(warps))
-    return More(nt, mt, warps, split, stages, blocks)
+    return More(nt, mt, warps, split, stages, blocks, PARTS=parts or 0)
 
 
 @cache
 def more_on_hopper(
     num_rows: int, num_out: int, num_in: int, is_gated: bool, piece_bytes: int, has_min: bool, processors: int,
-    shared_memory: int, same: bool = False,
+    shared_memory: int, parts: int | None = None,
 ) -> More:
-    """The same for Hopper: one block of a multiprocessor, with two teams of eight warps where registers allow it. With
-    `same`, the columns are split by the weight alone."""
+    """The same for Hopper: one block of a multiprocessor, with two teams of eight warps where registers allow it."""
     nt = _row_tiles(num_rows)
     num_chunks = -(-num_in // (2 * COLUMNS))
 
     def cut(mt: int, split: int) -> More:
-        most_teams = 2 if nt <= 4 and nt * mt * (4 if has_min else 1) <= 8 and not same else 1
+        fit = nt <= 4 and nt * mt * (4 if has_min else 1) <= 8
+        most_teams = 2 if fit and (parts is None or (parts, split) == (2, 1)) else 1
         for warps, teams in ((8, most_teams), (8, 1), (4, 1)):
-            found = More(nt, mt, warps, split, 0, 1, teams, 1)
+            found = More(nt, mt, warps, split, 0, 1, teams, 1, PARTS=parts or 0)
             free = shared_memory - TABLE_BYTES - found.shared_bytes(piece_bytes)
             stage_bytes = teams * warps * 2 * mt * 32 * piece_bytes
             if free >= 2 * stage_bytes:
@@ -233,14 +277,12 @@ def more_on_hopper(
         return rounds * (3 + chunks * cut.WARPS * (1 + 2 * cut.MT) / 40) + joins, cut.SPLIT
 
     def cuts(mt: int) -> list[More]:
-        found = [cut(mt, split) for split in range(1, 9)]
+        found = [cut(mt, split) for split in range(1, 9) if (parts or split) % split == 0]
         return [
             cut for cut in found
             if cut.SPLIT == 1 or (num_chunks >= 2 * cut.SPLIT and cut.SPLIT * cut.grid(num_out)[0] <= processors)
         ]
 
-    if same:
-        return cut(2 if is_gated else 1, min(cuts(1), key=cost).SPLIT)
     return min(cuts(2) if is_gated or has_min else [*cuts(1), *cuts(2)], key=cost)
 
 
@@ -251,7 +293,26 @@ def dense(num_rows: int, num_out: int, num_in: int, processors: int, shared_memo
     num_tiles = -(-num_out // ROWS)
     for warps in (16, 8):
         for stages in (2,) if num_tiles <= 2 * processors else (3, 2):
-            cut = Dense(warps, 128, stages, min(processors, num_tiles), num_rows, num_in)
+            cut = Dense(warps, warps, 128, stages, 4, min(processors, num_tiles), num_rows, num_in)
             if num_rows <= MMA_ROWS and cut.shared_bytes(0) + RESERVED_BYTES <= shared_memory:
                 return cut
+    return None
+
+
+@cache
+def dense_in_parts(
+    num_rows: int, num_out: int, num_in: int, parts: int, processors: int, shared_memory: int
+) -> Dense | None:
+    """The same, where a sum is to have so many parts, each one chain of products: a warp for each part of each of a
+    block's tiles, if there are not too many. The fewer they are, the more does one copy bring: a warp's are issued one
+    by one."""
+    num_tiles = -(-num_out // ROWS)
+    num_blocks = min(processors, num_tiles)
+    needed = 1 << (-(-num_tiles // num_blocks) * parts - 1).bit_length()
+    warps = max(parts, min(16, needed))
+    for stages in (2,) if num_tiles <= 2 * processors else (3, 2):
+        cut = Dense(warps, parts, min(512, 2048 // warps), stages, 1, num_blocks, num_rows, num_in)
+        most_rows = 2 * max(2, parts)  # of which threads have a number each
+        if num_rows <= min(most_rows, MMA_ROWS) and cut.shared_bytes(0) + RESERVED_BYTES <= shared_memory:
+            return cut
     return None

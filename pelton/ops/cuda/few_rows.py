@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pelton.ops.cuda import cuts
-from pelton.ops.cuda.cuts import MAX_ROWS, MAX_SHARING, Cut
+from pelton.ops.cuda.cuts import MAX_ROWS, MMA_ROWS, Cut
 from pelton.ops.cuda.launch import counters, has_tma, has_wgmma, num_processors, shared_memory
 from pelton.ops.cuda.program import Function, load
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
@@ -47,13 +47,15 @@ def accepts_gated(x: Tensor, weight: Tensor | Tiles) -> bool:
 
 def multiply(
     x: Tensor, weight: Tensor | Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False,
-    gate: str = "", then: Tensor | Tiles | None = None, same: bool = False,
+    gate: str = "", then: Tensor | Tiles | None = None, same: bool = False, parts: int | None = None,
 ) -> None:
     """out = x W^T (+ bias), or added to out. x [M, K]; weight: W [N, K] in x's dtype, or tiles; out [M, N] in x's dtype
     or float32; bias in x's dtype. With a gate ("silu", "gelu_tanh") W is [gate | up]: out [M, N / 2] = gate(..) up.
     `then`: the weight that is multiplied after this one; its first bytes are brought into the cache meanwhile. With
-    `same`, a row has the same bits whatever the number of rows."""
-    cut = _cut(x, weight, bool(gate), same)
+    `same`, a row has the same bits whatever the number of rows; so it has with `parts` of a sum, if `accepts_parts`."""
+    cut = _cut(x, weight, bool(gate), same) if parts is None else _cut_in_parts(x, weight, parts)
+    if cut is None:
+        raise ValueError(f"no kernel multiplies {x.shape[0]} rows by {list(weight.shape)} in {parts} parts")
     defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "GATE": GATES[gate]}
     args = _pointers(weight)
     if then is not None:
@@ -73,10 +75,15 @@ def _cut(x: Tensor, weight: Tensor | Tiles, is_gated: bool, same: bool) -> Cut:
     if cuts.is_few(num_rows, num_out, num_in, processors, same):
         cut = cuts.few(*given, is_dense, processors, same)
         return cuts.with_table(cut, num_out, processors, memory) if _has_values(weight) else cut
-    if has_wgmma(x.device):
-        has_min = isinstance(weight, Tiles) and weight.has_min
-        return cuts.more_on_hopper(*given, _piece_bytes(weight), has_min, processors, memory, same)
-    return cuts.more(*given, _piece_bytes(weight), processors, memory, same)
+    piece_bytes, has_min = _piece_bytes(weight), isinstance(weight, Tiles) and weight.has_min
+    parts = cuts.same_parts(num_out, num_in, processors) if same else None
+    if parts is not None and num_rows <= MMA_ROWS:
+        more = cuts.same_of_few(num_out, is_gated, piece_bytes, parts, processors, memory)
+    elif has_wgmma(x.device):
+        more = cuts.more_on_hopper(*given, piece_bytes, has_min, processors, memory, parts)
+    else:
+        more = cuts.more(*given, piece_bytes, processors, memory, parts)
+    return cuts.with_more_table(more, piece_bytes, memory) if _has_values(weight) else more
 
 
 def _cut_dense(x: Tensor, weight: Tensor | Tiles) -> Cut | None:
@@ -84,6 +91,17 @@ def _cut_dense(x: Tensor, weight: Tensor | Tiles) -> Cut | None:
     if not has_tma(x.device):
         return None
     return cuts.dense(x.shape[0], *weight.shape, num_processors(x.device), shared_memory(x.device))
+
+
+def accepts_parts(x: Tensor, weight: Tensor, parts: int) -> bool:
+    """Whether `multiply` takes a weight in numbers with so many parts of a sum. Each is a chain of products of 16
+    columns, whose bits on Hopper are those of wgmma."""
+    is_whole = weight.is_contiguous() and weight.data_ptr() % 16 == 0
+    return accepts(x, weight) and is_whole and has_wgmma(x.device) and _cut_in_parts(x, weight, parts) is not None
+
+
+def _cut_in_parts(x: Tensor, weight: Tensor | Tiles, parts: int) -> Cut | None:
+    return cuts.dense_in_parts(x.shape[0], *weight.shape, parts, num_processors(x.device), shared_memory(x.device))
 
 
 def accepts_int8(x: Tensor, out: Tensor, bias: Tensor | None) -> bool:
@@ -180,5 +198,4 @@ def _function(name: str, defines: tuple[tuple[str, int], ...], device: torch.dev
 
 @cache
 def _scratch(device: torch.device) -> Tensor:
-    """Sums of blocks that share columns, for one product at a time."""
-    return torch.empty(MAX_SHARING * num_processors(device) * 8 * 2 * ROWS * MAX_ROWS, device=device)
+    return torch.empty(cuts.num_sums(num_processors(device)), device=device)

@@ -4,14 +4,17 @@
 // As few_rows.cu, but the warps of a team have rows of w of their own, 16 MT each, and share x. 128 columns of x and w
 // at a time lie in shared memory, and more are on their way. SPLIT blocks, and in each TEAMS teams that do not wait for
 // each other, share the columns; their sums are added up in a fixed order. Defined when compiled, beside what tiles.cuh
-// names: NT, MT, WARPS (of a team), TEAMS, SPLIT, STAGES, BLOCKS (of a multiprocessor); WGMMA: as Hopper does it.
-#define ENTRY 32
+// names: NT, MT, WARPS (of a team), TEAMS, SPLIT, STAGES, BLOCKS (of a multiprocessor), ENTRY; WGMMA: as Hopper does it;
+// PARTS, if not 0: a sum has so many parts, each summed alone, of which a team has some.
 #include "tiles.cuh"
 
 #define CHUNK 128           // columns
 #define STEPS (CHUNK / 16)  // mma of a chunk
 #define GROUPS_OF_CHUNK (GROUP % CHUNK == 0 ? 1 : 2 * GROUPS)
 #define ROWS (8 * NT)
+constexpr int ALL_PARTS = PARTS ? PARTS : SPLIT * TEAMS, OWN_PARTS = ALL_PARTS / (SPLIT * TEAMS);
+constexpr int STORED_PARTS = SPLIT * OWN_PARTS;  // those of teams are joined before
+static_assert(OWN_PARTS * SPLIT * TEAMS == ALL_PARTS && (TEAMS == 1 || OWN_PARTS == 1));
 
 // What the warps of a block have of a chunk of w, in two halves; each part of a piece for all lanes lies together.
 typedef u8 Weights[WARPS][2][MT][32 * PIECE_BYTES];
@@ -113,16 +116,35 @@ __device__ __forceinline__ void join_teams(Sums& sums, float* memory, int team, 
     __syncthreads();
     if (team == 0)
 #pragma unroll
-        for (int e = 0; e < EACH; ++e)
+        for (int e = 0; e < EACH; ++e) {
+            sum_of(sums, e) += 0.0f;  // as in add_parts: -0 is none
             for (int i = 1; i < TEAMS; ++i) sum_of(sums, e) += own[(i * EACH + e) * 32 * WARPS];
+        }
 }
 
-// Add up what the blocks have that share columns, for the last of them; whether this is it.
-__device__ __forceinline__ bool join_blocks(const Args& a, Sums& sums, int thread) {
-    constexpr int threads = 32 * WARPS;
-    float* partial = a.partial + u64(blockIdx.x) * SPLIT * EACH * threads + thread;  // [SPLIT][EACH][threads]
+// Where a thread leaves sum e of a part.
+__device__ __forceinline__ float* place_of_sum(const Args& a, int part, int e, int thread) {
+    return a.partial + ((u64(blockIdx.x) * STORED_PARTS + part) * EACH + e) * (32 * WARPS) + thread;
+}
+
+__device__ __forceinline__ void store_part(const Args& a, Sums& sums, int part, int thread) {
 #pragma unroll
-    for (int e = 0; e < EACH; ++e) partial[(blockIdx.y * EACH + e) * threads] = sum_of(sums, e);
+    for (int e = 0; e < EACH; ++e) *place_of_sum(a, part, e, thread) = sum_of(sums, e);
+}
+
+// Add up the stored parts.
+__device__ __forceinline__ void add_parts(const Args& a, Sums& sums, int thread) {
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) {
+        float y = 0.0f;
+#pragma unroll
+        for (int part = 0; part < STORED_PARTS; ++part) y += __ldcg(place_of_sum(a, part, e, thread));
+        sum_of(sums, e) = y;
+    }
+}
+
+// Whether this is the last of the blocks that share columns, all of which have stored their parts.
+__device__ __forceinline__ bool is_last_block(const Args& a, int thread) {
     __shared__ u32 is_last;
     __threadfence();
     wait_for_team(0);
@@ -130,13 +152,6 @@ __device__ __forceinline__ bool join_blocks(const Args& a, Sums& sums, int threa
     wait_for_team(0);
     if (!is_last) return false;
     __threadfence();
-#pragma unroll
-    for (int e = 0; e < EACH; ++e) {
-        float y = 0.0f;
-#pragma unroll
-        for (int p = 0; p < SPLIT; ++p) y += __ldcg(partial + (p * EACH + e) * threads);
-        sum_of(sums, e) = y;
-    }
     if (thread == 0) a.arrived[blockIdx.x] = 0;
     return true;
 }
@@ -145,8 +160,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_ro
     const int warp_of_all = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int team = warp_of_all / WARPS, warp = warp_of_all % WARPS;
     const int num_tiles = (a.N + 15) / 16, num_blocks = a.K / 64, num_chunks = (num_blocks + 1) / 2;
-    const int part = blockIdx.y * TEAMS + team;
-    const int begin = num_chunks * part / (SPLIT * TEAMS), end = num_chunks * (part + 1) / (SPLIT * TEAMS);
+    int part = (blockIdx.y * TEAMS + team) * OWN_PARTS;
+    const auto begin_of = [&](int part) { return num_chunks * part / ALL_PARTS; };
+    const int begin = begin_of(part), end = begin_of(part + OWN_PARTS);
 #if GATE
     const int first_tile = blockIdx.x * WARPS + warp;
     const auto tile_of = [&](int i) { return min(first_tile, num_tiles / 2 - 1) + i * num_tiles / 2; };
@@ -181,8 +197,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_ro
     wait_for_inputs();  // weights never change; x is there from here on
     x.begin(begin);
 
+    const int thread = 32 * warp + lane;
     Sums sums = {};
-    int at = 0, next = STAGES - 1;
+    int at = 0, next = STAGES - 1, end_of_part = begin_of(part + 1);
     for (int chunk = begin; chunk < end; ++chunk) {
         wait_for_fetch<STAGES - 2>();  // this chunk is there,
         x.show();
@@ -192,12 +209,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_ro
         close_fetch();
         multiply(sums, x.of(chunk, at), weights[at][warp], table, lane);
         at = at + 1 == STAGES ? 0 : at + 1, next = next + 1 == STAGES ? 0 : next + 1;
+        if (OWN_PARTS > 1 && chunk + 1 == end_of_part) {
+            store_part(a, sums, part++, thread);
+            end_of_part = begin_of(part + 1);
+#pragma unroll
+            for (int e = 0; e < EACH; ++e) sum_of(sums, e) = 0.0f;
+        }
     }
 
     let_next_begin();
     prefetch_next(a);
-    const int thread = 32 * warp + lane;
     if (TEAMS > 1) join_teams(sums, (float*)memory, team, thread);
-    if (team > 0 || (SPLIT > 1 && !join_blocks(a, sums, thread))) return;
+    if (team > 0) return;
+    if (SPLIT > 1 && OWN_PARTS == 1) store_part(a, sums, blockIdx.y, thread);
+    if (SPLIT > 1 && !is_last_block(a, thread)) return;
+    if (SPLIT > 1 || OWN_PARTS > 1) add_parts(a, sums, thread);
     store_all(a, sums, first_tile, lane);
 }

@@ -20,20 +20,24 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pelton.ops.cuda import cuts, few_rows
+from pelton.ops.cuda.cuts import MMA_ROWS
 from pelton.ops.cuda.launch import (
     OVERLAP,
+    ask_for,
     counters,
     has_tma,
+    let_next_begin,
     num_processors,
     place_in_band,
     shared_memory,
-    wait_for_inputs,
+    wait_for_previous,
 )
 from pelton.ops.tiles import Tiles
 
 LINE = 128  # bytes of a row that are multiplied at a time
 MAX_PARTS = 8
 MIN_PART = 512  # columns
+ASKED = 8  # lines of a weight's row that are on their way before x is there
 GROUP = tl.constexpr(8)  # tiles of x whose programs run together, so that they share the weight in the L2 cache
 
 
@@ -97,15 +101,20 @@ def multiply(
     processors = num_processors(x.device)
     columns = LINE // x.element_size()
     parts = num_parts(num_out, num_in, processors)
+    if few_rows.accepts_parts(x, weight, parts):
+        few_rows.multiply(x, weight, out, bias, accumulate, then=then, parts=parts)
+        return
     tile = choose_tile(num_rows, num_out, x.dtype, x.device)
     num_tiles = triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_out, tile.outs)
     apart = parts > 1 and num_tiles * tile.num_warps <= 4 * processors  # less than a warp for each tensor core
     size = num_tiles * parts * tile.rows * tile.outs if apart else 0
     most_stages = (shared_memory(x.device) - (2 << 10)) // (LINE * (tile.rows + tile.outs))
+    x, weight = _aligned(x), _aligned(weight)
     _kernel[(num_tiles, parts if apart else 1)](
-        out, *_readable(x, tile.rows, columns), *_readable(weight, tile.outs, columns), bias,
+        out, *_readable(x, tile.rows, columns), *_readable(weight, tile.outs, columns), weight, weight.stride(0), bias,
         torch.empty(size, device=x.device), counters(x.device), num_rows, num_out, num_in, out.stride(0),
         ACCUMULATE=accumulate, PARTS=parts, APART=apart, ROWS=tile.rows, OUTS=tile.outs, COLUMNS=columns,
+        ASKED=ASKED if num_rows <= MMA_ROWS else 0,
         num_warps=tile.num_warps, num_stages=min(tile.num_stages, most_stages), **OVERLAP,
     )
 
@@ -120,7 +129,6 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _readable(x: Tensor, rows: int, columns: int) -> tuple[Any, int | None]:
     """x [M, K] for `_load`, with its stride."""
-    x = _aligned(x)
     if has_tma(x.device):
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns]), None
     return x, x.stride(0)
@@ -169,17 +177,22 @@ def _store(out, bias, sums, m, n, num_rows, num_out, out_stride, ACCUMULATE: tl.
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _kernel(
-    out, x, x_stride, weight, weight_stride, bias, partial, arrived, num_rows, num_out, num_in, out_stride,
-    ACCUMULATE: tl.constexpr, PARTS: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    out, x, x_stride, weight, weight_stride, numbers, numbers_stride, bias, partial, arrived, num_rows, num_out, num_in,
+    out_stride, ACCUMULATE: tl.constexpr, PARTS: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr,
+    OUTS: tl.constexpr, COLUMNS: tl.constexpr, ASKED: tl.constexpr,
 ):
-    """Program (tile, part) sums a part of a tile, or (tile, 0) all of it."""
-    wait_for_inputs()
+    """Program (tile, part) sums a part of a tile, or (tile, 0) all of it. numbers: the weight, as a pointer."""
+    let_next_begin()
     tile = tl.program_id(0)
     m, n = place_in_band(tile, tl.cdiv(num_rows, ROWS), tl.cdiv(num_out, OUTS), GROUP)
     m, n = m * ROWS, n * OUTS
     length = tl.cdiv(num_in, PARTS * COLUMNS) * COLUMNS
     begin = tl.program_id(1) * length
+    if ASKED:
+        row, k = n + tl.arange(0, OUTS)[:, None], begin + tl.arange(0, ASKED)[None, :] * COLUMNS
+        place = numbers + row.to(tl.int64) * numbers_stride + k
+        ask_for(place, (row < num_out) & (k < tl.minimum(begin + length, num_in)))
+    wait_for_previous()  # weights never change; x is there from here on
     if APART or PARTS == 1:
         sums = _sum(
             x, weight, x_stride, weight_stride, m, n, begin, begin + length, num_rows, num_out, num_in, ROWS, OUTS,

@@ -22,7 +22,7 @@ struct Args {
     const u8* supers;     // [N / 16][K / 256][8 rows][row, row + 8][d (, m)] float16
     const float* values;  // [16], with LOOKUP
     const u16* bias;      // [N] of x's type, or null
-    float* partial;       // [blocks beside each other][SPLIT][sums of a thread][threads], in more_rows.cu
+    float* partial;       // [blocks beside each other][parts of a sum][sums of a thread][threads], in more_rows.cu
     u32* arrived;         // [blocks beside each other] zeros, zeros again when done
     const long long* ids;  // [M] rows to open; or null: all
     const u8* next;        // what is read after this, on its way when this is done
@@ -321,7 +321,7 @@ __device__ __forceinline__ void fill_table(u32* table, ValueOf value_of) {
 __device__ __forceinline__ u32 place_of_pair(u32 word, int j) {
     const u32 copy = threadIdx.x % COPIES * 4;
     if (ENTRY == 256) return __byte_perm(word, copy, 0x5504 | j << 4);
-    constexpr int shift = ENTRY == 128 ? 7 : ENTRY == 32 ? 5 : 2;
+    constexpr int shift = ENTRY == 128 ? 7 : ENTRY == 64 ? 6 : ENTRY == 32 ? 5 : 2;
     return and_or<255 << shift>(8 * j >= shift ? word >> (8 * j - shift) : word << (shift - 8 * j), copy);
 }
 #else

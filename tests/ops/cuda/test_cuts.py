@@ -15,29 +15,51 @@ STATIC = 1 << 10  # at most, but for tables of values
 
 
 @pytest.mark.parametrize(("processors", "memory"), GPUS)
-@pytest.mark.parametrize("same", [False, True])
-def test_more_rows_fit(processors: int, memory: int, same: bool) -> None:
+@pytest.mark.parametrize("parts", [None, 1, 8])
+def test_more_rows_fit(processors: int, memory: int, parts: int | None) -> None:
     for num_out, num_in in SHAPES:
         for piece_bytes in PIECES:
-            for num_rows, gated in [(rows, gated) for rows in (9, 16, 17, 32, 33, 64) for gated in (False, True)]:
-                cut = cuts.more(num_rows, num_out, num_in, gated, piece_bytes, processors, memory, same)
+            for num_rows, gated in [(rows, gated) for rows in (1, 9, 16, 17, 32, 33, 64) for gated in (False, True)]:
+                cut = cuts.more(num_rows, num_out, num_in, gated, piece_bytes, processors, memory, parts)
                 needed = cut.shared_bytes(piece_bytes) + (8 << 10) + STATIC
                 assert cut.STAGES >= 2 and cut.BLOCKS * needed <= memory, (num_out, num_in, piece_bytes, cut)
 
 
-@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("parts", [None, 1, 2, 8])
 @pytest.mark.parametrize("has_min", [False, True])
-def test_more_rows_fit_on_hopper(same: bool, has_min: bool) -> None:
+def test_more_rows_fit_on_hopper(parts: int | None, has_min: bool) -> None:
     processors, memory = HOPPER
     for num_out, num_in in SHAPES:
         for piece_bytes in PIECES:
             for num_rows, gated in [(rows, gated) for rows in (1, 9, 16, 17, 32, 33, 64) for gated in (False, True)]:
                 given = num_rows, num_out, num_in, gated, piece_bytes, has_min, processors, memory
-                cut = cuts.more_on_hopper(*given, same)
+                cut = cuts.more_on_hopper(*given, parts)
                 needed = cut.shared_bytes(piece_bytes) + (8 << 10) + STATIC
                 assert cut.STAGES >= 2 and needed <= memory and cut.SPLIT <= 8, (num_out, num_in, piece_bytes, cut)
                 sums = 4 * cut.MT * 4 * cut.NT * 32 * cut.WARPS  # bytes that a team leaves for the first
                 assert sums * (cut.TEAMS - 1) <= cut.shared_bytes(piece_bytes)
+
+
+@pytest.mark.parametrize(("processors", "memory"), GPUS)
+def test_same_rows_of_few_fit(processors: int, memory: int) -> None:
+    for num_out, num_in in SHAPES:
+        parts = cuts.same_parts(num_out, num_in, processors)
+        assert num_in >= 256 * parts or parts == 1
+        for piece_bytes in PIECES:
+            for gated in (False, True):
+                cut = cuts.same_of_few(num_out, gated, piece_bytes, parts, processors, memory)
+                assert cut.STAGES >= 2 and cut.BLOCKS * (cut.shared_bytes(piece_bytes) + (8 << 10) + STATIC) <= memory
+                assert cut.grid(num_out)[0] <= cuts.MAX_SHARING * processors or parts == 1
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_a_table_of_values_fits(blocks: int) -> None:
+    for memory in {memory for _, memory in GPUS}:
+        for warps, teams in ((4, 1), (8, 1), (8, 2)):
+            before = cuts.More(1, 2, warps, 1, 3, blocks, teams)
+            cut = cuts.with_more_table(before, 20, memory)
+            fits = blocks * (cut.shared_bytes(20) + 256 * cut.ENTRY + STATIC) <= memory
+            assert cut == before or (fits and cut.ENTRY > before.ENTRY)
 
 
 @pytest.mark.parametrize(("processors", "memory"), GPUS)
@@ -77,6 +99,20 @@ def test_dense_rows_fit(processors: int, memory: int) -> None:
                 continue
             assert num_rows <= 8 and cut.shared_bytes(0) + STATIC <= memory, (num_out, num_in, cut)
             assert 16 * num_rows <= cut.num_threads and cut.grid(num_out)[0] <= processors
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_dense_rows_fit_in_parts(parts: int) -> None:
+    processors, memory = HOPPER
+    for num_out, num_in in SHAPES:
+        for num_rows in range(1, 10):
+            cut = cuts.dense_in_parts(num_rows, num_out, num_in, parts, processors, memory)
+            if cut is None:
+                assert num_rows > 4 or num_in > 8192
+                continue
+            assert cut.shared_bytes(0) + STATIC <= memory and cut.STAGES >= 2, (num_out, num_in, cut)
+            assert parts == cut.PARTS and cut.WARPS % parts == 0 and cut.num_threads <= 512
+            assert parts == 1 or 16 * num_rows <= 32 * parts  # a thread for each number of a team's tile
 
 
 def test_no_rows_are_no_launch() -> None:

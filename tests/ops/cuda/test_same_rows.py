@@ -155,13 +155,16 @@ def test_tiles_are_split_by_the_shape_of_the_weight(processors: int, memory: int
             given = [(num_rows, num_out, num_in, gated) for num_rows in (1, 8, 9, 16, 17, 33, 64) for gated in (0, 1)]
             few = [cuts.few(*each, False, processors, same=True) for each in given]
             assert len({cut.WARPS for cut in few}) == 1, (num_out, num_in)
+            limits, parts = (processors, memory), cuts.same_parts(num_out, num_in, processors)
+            found = [cuts.more(*each, piece_bytes, *limits, parts) for each in given]
+            found += [cuts.same_of_few(num_out, gated, piece_bytes, parts, *limits) for gated in (False, True)]
             if processors == 132:
-                limits = False, processors, memory
-                found = [cuts.more_on_hopper(*each, piece_bytes, *limits, same=True) for each in given]
-            else:
-                found = [cuts.more(*each, piece_bytes, processors, memory, same=True) for each in given]
-            assert len({cut.SPLIT for cut in found}) == 1, (num_out, num_in, piece_bytes)
+                found += [cuts.more_on_hopper(*each, piece_bytes, False, *limits, parts) for each in given]
+            assert all(parts == cut.PARTS and parts % (cut.SPLIT * cut.TEAMS) == 0 for cut in found)
+            assert all(cut.TEAMS == 1 or parts == cut.TEAMS for cut in found)  # else they are not joined in order
             assert len({cuts.is_few(*each[:3], processors, same=True) for each in given}) == 1
             for cut in found:
                 across, sharing = cut.grid(num_out)
-                assert sharing == 1 or across * sharing <= cuts.MAX_SHARING * processors
+                assert sharing == 1 or across <= cuts.MAX_SHARING * processors
+                sums = across * parts * 16 * cut.MT * cut.WARPS * 8 * cut.NT
+                assert parts == 1 or sums <= cuts.num_sums(processors)
