@@ -5,7 +5,9 @@ sizes of tiles multiply by wgmma.m64nNk16. A sum is cut into as many parts as th
 rows keep the memory busy. Each part is summed alone, in order of columns, and parts are added in order: by one program
 where there are many tiles, else by the last of those that summed a part each.
 
-Of quantised weights few_rows multiplies up to 64 rows at a time, by one kernel that sums each number in one order too.
+Of few rows dense_rows.cu adds up the same parts, on Hopper, where an mma of 16 columns has the bits of a wgmma's, in
+whatever order these stand. Of quantised weights few_rows multiplies up to 64 rows at a time, by kernels that sum each
+number in one order too.
 """
 
 from __future__ import annotations
@@ -20,24 +22,20 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pelton.ops.cuda import cuts, few_rows
-from pelton.ops.cuda.cuts import MMA_ROWS
 from pelton.ops.cuda.launch import (
     OVERLAP,
-    ask_for,
     counters,
     has_tma,
-    let_next_begin,
     num_processors,
     place_in_band,
     shared_memory,
-    wait_for_previous,
+    wait_for_inputs,
 )
 from pelton.ops.tiles import Tiles
 
 LINE = 128  # bytes of a row that are multiplied at a time
 MAX_PARTS = 8
 MIN_PART = 512  # columns
-ASKED = 8  # lines of a weight's row that are on their way before x is there
 GROUP = tl.constexpr(8)  # tiles of x whose programs run together, so that they share the weight in the L2 cache
 
 
@@ -109,12 +107,10 @@ def multiply(
     apart = parts > 1 and num_tiles * tile.num_warps <= 4 * processors  # less than a warp for each tensor core
     size = num_tiles * parts * tile.rows * tile.outs if apart else 0
     most_stages = (shared_memory(x.device) - (2 << 10)) // (LINE * (tile.rows + tile.outs))
-    x, weight = _aligned(x), _aligned(weight)
     _kernel[(num_tiles, parts if apart else 1)](
-        out, *_readable(x, tile.rows, columns), *_readable(weight, tile.outs, columns), weight, weight.stride(0), bias,
+        out, *_readable(x, tile.rows, columns), *_readable(weight, tile.outs, columns), bias,
         torch.empty(size, device=x.device), counters(x.device), num_rows, num_out, num_in, out.stride(0),
         ACCUMULATE=accumulate, PARTS=parts, APART=apart, ROWS=tile.rows, OUTS=tile.outs, COLUMNS=columns,
-        ASKED=ASKED if num_rows <= MMA_ROWS else 0,
         num_warps=tile.num_warps, num_stages=min(tile.num_stages, most_stages), **OVERLAP,
     )
 
@@ -129,6 +125,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _readable(x: Tensor, rows: int, columns: int) -> tuple[Any, int | None]:
     """x [M, K] for `_load`, with its stride."""
+    x = _aligned(x)
     if has_tma(x.device):
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns]), None
     return x, x.stride(0)
@@ -177,22 +174,17 @@ def _store(out, bias, sums, m, n, num_rows, num_out, out_stride, ACCUMULATE: tl.
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _kernel(
-    out, x, x_stride, weight, weight_stride, numbers, numbers_stride, bias, partial, arrived, num_rows, num_out, num_in,
-    out_stride, ACCUMULATE: tl.constexpr, PARTS: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr,
-    OUTS: tl.constexpr, COLUMNS: tl.constexpr, ASKED: tl.constexpr,
+    out, x, x_stride, weight, weight_stride, bias, partial, arrived, num_rows, num_out, num_in, out_stride,
+    ACCUMULATE: tl.constexpr, PARTS: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Program (tile, part) sums a part of a tile, or (tile, 0) all of it. numbers: the weight, as a pointer."""
-    let_next_begin()
+    """Program (tile, part) sums a part of a tile, or (tile, 0) all of it."""
+    wait_for_inputs()
     tile = tl.program_id(0)
     m, n = place_in_band(tile, tl.cdiv(num_rows, ROWS), tl.cdiv(num_out, OUTS), GROUP)
     m, n = m * ROWS, n * OUTS
     length = tl.cdiv(num_in, PARTS * COLUMNS) * COLUMNS
     begin = tl.program_id(1) * length
-    if ASKED:
-        row, k = n + tl.arange(0, OUTS)[:, None], begin + tl.arange(0, ASKED)[None, :] * COLUMNS
-        place = numbers + row.to(tl.int64) * numbers_stride + k
-        ask_for(place, (row < num_out) & (k < tl.minimum(begin + length, num_in)))
-    wait_for_previous()  # weights never change; x is there from here on
     if APART or PARTS == 1:
         sums = _sum(
             x, weight, x_stride, weight_stride, m, n, begin, begin + length, num_rows, num_out, num_in, ROWS, OUTS,
