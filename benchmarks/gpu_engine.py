@@ -50,8 +50,8 @@ def main() -> None:
         os.environ.update({name: value for name, value in VLLM_ENVIRONMENT.items() if name not in os.environ})
     start = time.perf_counter()
     engine = importlib.import_module(args.engine)
-    if args.engine == "pelton":
-        fill_as_vllm()
+    if args.engine == "pelton" and args.options.get("tensor_parallel_size", 1) == 1:
+        fill_as_vllm()  # in this process alone
     folder = args.config if args.engine == "vllm" else with_tokenizer(args.config)
     options = {**OPTIONS[args.engine], **args.options}
     imported = time.perf_counter()

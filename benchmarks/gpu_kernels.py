@@ -216,7 +216,8 @@ def tune_tiles(x: Tensor, weights: Sequence[Tensor], out: Tensor, parts: int) ->
     """Prints the fastest tiles for the number of parts that is chosen and for others."""
     num_rows = x.shape[0]
     tiles = [tile for tile in TILES if max(min(64, num_rows), num_rows // 64) <= tile.rows <= max(16, 2 * num_rows)]
-    choose_tile, num_parts = same_rows.choose_tile, same_rows.num_parts
+    choose_tile, num_parts, accepts_parts = same_rows.choose_tile, same_rows.num_parts, few_rows.accepts_parts
+    few_rows.accepts_parts = lambda *args: False  # what has no tiles
     for cut in sorted({1, 2, 4, parts}):
         found = []
         same_rows.num_parts = lambda *args, cut=cut: cut
@@ -225,7 +226,7 @@ def tune_tiles(x: Tensor, weights: Sequence[Tensor], out: Tensor, parts: int) ->
             found.append((time_products(x, weights, out, ours=True), tuple(tile)))
         best = "   ".join(f"{tile} {ms:.4f} ms" for ms, tile in sorted(found)[:3])
         print(f"      parts {cut}: {best}", flush=True)
-    same_rows.choose_tile, same_rows.num_parts = choose_tile, num_parts
+    same_rows.choose_tile, same_rows.num_parts, few_rows.accepts_parts = choose_tile, num_parts, accepts_parts
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Weights on a GPU: numbers, or codes in tiles. Few rows are multiplied at the speed of reading the weight; for many,
-codes are opened into numbers, which cost little beside the product. Deterministic weights are multiplied by one kernel
-in one order of sums, whatever the number of rows: a row's result does not depend on the others.
+codes are opened into numbers, which cost little beside the product. Deterministic weights are multiplied in one order
+of sums, whatever the number of rows: a row's result does not depend on the others.
 """
 
 from __future__ import annotations

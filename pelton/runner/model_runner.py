@@ -28,7 +28,7 @@ from pelton.runner.requests import RequestState, RequestTable
 from pelton.runner.sampler import Sample, Sampler
 
 IN_A_STEP = "in a step", "lower --gpu-memory-utilization, which leaves more to steps, or --max-num-batched-tokens"
-PROMPTS = 128, 2048  # tokens of prompts that kernels are compiled for: more than products of few rows take, and many
+PROMPTS = 128, 256  # tokens of prompts that kernels are compiled for: more than products of few rows take, and many
 LONG_PROMPT = 1024  # tokens on average, from which whole prompts are worth a call for each
 LOGITS_ROWS = 256  # rows of prompt logits made at once: 256 x 262,144 float32 are 268 MB
 

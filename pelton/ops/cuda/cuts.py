@@ -19,7 +19,7 @@ RESERVED_BYTES = 2 << 10  # of a block's shared memory: what is not counted
 
 
 def num_sums(processors: int) -> int:
-    """Sums that are kept in memory for one product at a time, of blocks that share columns."""
+    """Sums that are kept in memory for one product at a time, of parts that are joined there."""
     return MAX_SHARING * processors * 8 * 2 * ROWS * MAX_ROWS
 
 
@@ -312,7 +312,7 @@ def dense_in_parts(
     warps = max(parts, min(16, needed))
     for stages in (2,) if num_tiles <= 2 * processors else (3, 2):
         cut = Dense(warps, parts, min(512, 2048 // warps), stages, 1, num_blocks, num_rows, num_in)
-        most_rows = 2 * max(2, parts)  # of which threads have a number each
+        most_rows = 2 * max(2, parts)  # so that a team has a thread for each number; with one part it needs none
         if num_rows <= min(most_rows, MMA_ROWS) and cut.shared_bytes(0) + RESERVED_BYTES <= shared_memory:
             return cut
     return None

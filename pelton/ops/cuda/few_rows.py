@@ -51,7 +51,7 @@ def multiply(
 ) -> None:
     """out = x W^T (+ bias), or added to out. x [M, K]; weight: W [N, K] in x's dtype, or tiles; out [M, N] in x's dtype
     or float32; bias in x's dtype. With a gate ("silu", "gelu_tanh") W is [gate | up]: out [M, N / 2] = gate(..) up.
-    `then`: the weight that is multiplied after this one; its first bytes are brought into the cache meanwhile. With
+    `then`: the weight that is multiplied after tiles; its first bytes are brought into the cache meanwhile. With
     `same`, a row has the same bits whatever the number of rows; so it has with `parts` of a sum, if `accepts_parts`."""
     cut = _cut(x, weight, bool(gate), same) if parts is None else _cut_in_parts(x, weight, parts)
     if cut is None:

@@ -1,42 +1,43 @@
-"""Gated products of many rows, from Hopper on: what the weight's halves give is multiplied where it was summed and
+"""Gated products of many rows on Hopper: what the weight's halves give is multiplied where it was summed and
 never written (8,192 rows of Llama-8B, H200: 2.86 ms, where a product and its gate take 2.92)."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pelton.ops.cuda.cuts import MAX_ROWS
-from pelton.ops.cuda.launch import OVERLAPS, has_tma, num_processors, on_gpu, place_in_band
+from pelton.ops.cuda.few_rows import HALVES
+from pelton.ops.cuda.launch import OVERLAPS, has_wgmma, num_processors, place_in_band
+from pelton.ops.cuda.program import is_compiling
 from pelton.ops.tiles import Tiles
 
-HALVES = (torch.bfloat16, torch.float16)
 ROWS, OUTS, COLUMNS = 128, 128, 64  # of a tile: of x, of each half of the weight, and what is multiplied at a time
-FEW = 256  # rows, to which torch has no smaller tiles
+FEW = 256  # rows
 BAND = tl.constexpr(8)  # tiles of x whose programs run together, so that they share the weight in the L2 cache
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def accepts(x: Tensor, weight: Tensor | Tiles) -> bool:
     """Whether `multiply` takes x [M, K] and [gate | up] [2N, K], or what is opened to that, which tensor maps must be
-    able to describe, and is faster than torch: with rows and tiles that leave few processors idle."""
+    able to describe, and is faster than torch. While kernels are compiled it takes any number of many rows."""
     num_rows, num_out = x.shape[0], weight.shape[0] // 2
     return (
-        num_rows > MAX_ROWS and x.dtype in HALVES and on_gpu(x) and has_tma(x.device)
+        num_rows > MAX_ROWS and x.dtype in HALVES and has_wgmma(x.device)
         and (isinstance(weight, Tiles) or weight.dtype == x.dtype) and x.stride(1) == 1 and x.data_ptr() % 16 == 0
         and all(size % 8 == 0 for size in (x.stride(0), x.shape[1], num_out))
-        and _share_used(num_rows, num_out, num_processors(x.device)) >= (0.84 if num_rows <= FEW else 0.9)
+        and (is_compiling() or is_faster(num_rows, num_out, num_processors(x.device)))
     )
 
 
-def _share_used(num_rows: int, num_out: int, processors: int) -> float:
-    """The share of what processors multiply in whole tiles, one each at a time, that is asked for."""
+def is_faster(num_rows: int, num_out: int, processors: int) -> bool:
+    """Whether few processors are idle, of which each multiplies a whole tile at a time: torch has smaller tiles. (As
+    measured for Llama-8B and Gemma-12B; between 256 and 1,024 rows torch's divide best.)"""
     tiles = triton.cdiv(num_rows, ROWS) * triton.cdiv(num_out, OUTS)
     whole = triton.cdiv(tiles, processors) * processors * ROWS * OUTS
-    return float(num_rows * num_out / whole)
+    return bool(num_rows * num_out >= (0.84 if num_rows <= FEW else 0.9) * whole)
 
 
 def multiply(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, gate: str) -> None:

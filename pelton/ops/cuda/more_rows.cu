@@ -5,7 +5,7 @@
 // at a time lie in shared memory, and more are on their way. SPLIT blocks, and in each TEAMS teams that do not wait for
 // each other, share the columns; their sums are added up in a fixed order. Defined when compiled, beside what tiles.cuh
 // names: NT, MT, WARPS (of a team), TEAMS, SPLIT, STAGES, BLOCKS (of a multiprocessor), ENTRY; WGMMA: as Hopper does it;
-// PARTS, if not 0: a sum has so many parts, each summed alone, of which a team has some.
+// PARTS, if not 0: a sum has so many parts, no more than chunks, each summed alone; a team has some.
 #include "tiles.cuh"
 
 #define CHUNK 128           // columns

@@ -100,7 +100,7 @@ def multiply(
     columns = LINE // x.element_size()
     parts = num_parts(num_out, num_in, processors)
     if few_rows.accepts_parts(x, weight, parts):
-        few_rows.multiply(x, weight, out, bias, accumulate, then=then, parts=parts)
+        few_rows.multiply(x, weight, out, bias, accumulate, parts=parts)
         return
     tile = choose_tile(num_rows, num_out, x.dtype, x.device)
     num_tiles = triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_out, tile.outs)

@@ -192,6 +192,30 @@ def test_a_row_can_have_the_same_bits_in_any_company(name: str, num_out: int) ->
         assert all(torch.equal(out, gated[-1][: len(out)]) for out in gated)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "int4 group 128", "int4 group 128 with zero points",
+                                  "int4 of 1216 columns with minima", "nf4", "float8 group 128"])
+def test_parts_of_a_sum_are_added_in_one_order(name: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By blocks that share them, teams, or one block in turn, as the number of rows has it."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(cuts, "is_few", lambda *given: False)
+    monkeypatch.setattr(cuts, "same_parts", lambda *given: parts)
+    codes = LAYOUTS[name]()
+    fields = {field: torch.cat([value] * 4) for field, value in vars(codes).items() if isinstance(value, Tensor)}
+    tiles = make_tiles(replace(codes, **fields))
+    weights = replace(codes, **fields).weights().double()
+    x = torch.randn(64, tiles.shape[1], device="cuda").bfloat16()
+    outs = {num_rows: torch.empty(num_rows, tiles.shape[0], device="cuda") for num_rows in (1, 3, 8, 9, 16, 30, 64)}
+    gated = {num_rows: torch.empty(num_rows, tiles.shape[0] // 2, device="cuda", dtype=x.dtype) for num_rows in outs}
+    for num_rows, out in outs.items():
+        few_rows.multiply(x[:num_rows], tiles, out, same=True)
+        few_rows.multiply(x[:num_rows], tiles, gated[num_rows], gate="silu", same=True)
+    close(outs[64], x.double() @ weights.T, torch.bfloat16)
+    for num_rows, out in outs.items():
+        assert torch.equal(out, outs[64][:num_rows]), num_rows
+        assert torch.equal(gated[num_rows], gated[64][:num_rows]), num_rows
+
+
 @pytest.mark.usefixtures("_kernel")
 @pytest.mark.parametrize("_kernel", ["few", "more", "dense"], indirect=True)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pelton.ops.cuda import gated_rows
+from pelton.ops.cuda import few_rows, gated_rows
+from pelton.quant import gpu
+from pelton.quant.codes import Codes
+from pelton.quant.tiled import make_tiles
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -16,11 +19,15 @@ def random(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("num_rows", "num_out", "num_in", "has_bias"), [(65, 72, 200, True), (300, 136, 64, False), (130, 1000, 72, True)]
+    ("num_rows", "num_out", "num_in", "has_bias"),
+    [(65, 72, 200, True), (300, 136, 64, False), (130, 1000, 72, True), (1100, 136, 64, False)],
 )
 def test_products(
-    device: torch.device, gate: str, dtype: torch.dtype, num_rows: int, num_out: int, num_in: int, has_bias: bool
+    device: torch.device, gate: str, dtype: torch.dtype, num_rows: int, num_out: int, num_in: int, has_bias: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """By few processors, each of which has several tiles; of 1,100 rows there are two bands."""
+    monkeypatch.setattr(gated_rows, "num_processors", lambda device: 2)
     x = random(num_rows, num_in + 8, seed=0, dtype=dtype).to(device)[:, :num_in]
     weight = random(2 * num_out, num_in, seed=1, dtype=dtype).to(device) / 8
     bias = random(2 * num_out, seed=2, dtype=dtype).to(device) if has_bias else None
@@ -37,7 +44,8 @@ def test_products(
 
 
 def test_what_it_takes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gated_rows, "num_processors", lambda device: 2)
+    monkeypatch.setattr(gated_rows, "has_wgmma", lambda device: True)
+    monkeypatch.setattr(gated_rows, "is_faster", lambda *shape: True)
     x = torch.zeros(256, 64, dtype=torch.bfloat16, device=device)
     weight = torch.zeros(256, 64, dtype=torch.bfloat16, device=device)
     assert gated_rows.accepts(x, weight)
@@ -47,13 +55,37 @@ def test_what_it_takes(device: torch.device, monkeypatch: pytest.MonkeyPatch) ->
     assert not gated_rows.accepts(x[:, :60], weight[:, :60])
     assert not gated_rows.accepts(x[:, 1:57], weight[:, :56])
     assert not gated_rows.accepts(x, weight[:24])
+    monkeypatch.setattr(gated_rows, "is_faster", lambda *shape: False)
+    assert not gated_rows.accepts(x, weight)
+    monkeypatch.setattr(gated_rows, "has_wgmma", lambda device: False)
+    monkeypatch.setattr(gated_rows, "is_faster", lambda *shape: True)
+    assert not gated_rows.accepts(x, weight)
 
 
 def test_rows_that_leave_processors_idle_are_for_torch() -> None:
     """Of Llama-8B, on an H200."""
-    taken = [rows for rows in (96, 128, 192, 256, 320, 512, 700, 1024, 1030, 8192) if is_taken(rows)]
-    assert taken == [128, 256, 1024, 8192]
+    given = (96, 128, 192, 256, 320, 512, 700, 1024, 1030, 8192)
+    assert [rows for rows in given if gated_rows.is_faster(rows, 14336, 132)] == [128, 256, 1024, 8192]
 
 
-def is_taken(num_rows: int) -> bool:
-    return gated_rows._share_used(num_rows, 14336, 132) >= (0.84 if num_rows <= gated_rows.FEW else 0.9)
+@pytest.mark.parametrize("kind", ["numbers", "tiles"])
+def test_weights_multiply_many_rows_so(device: torch.device, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_rows, "has_wgmma", lambda device: True)
+    monkeypatch.setattr(gated_rows, "is_faster", lambda *shape: True)
+    if kind == "tiles":
+        opened = random(96, 128, seed=1, dtype=torch.bfloat16).to(device) / 8
+        monkeypatch.setattr(few_rows, "open_tiles", lambda tiles, dtype: opened)
+        codes = Codes(4, torch.zeros(96, 128, dtype=torch.uint8), torch.ones(96, 1), zero=8)
+        weight: gpu.Whole = gpu.Tiled(make_tiles(codes), torch.bfloat16)
+    else:
+        opened = random(96, 128, seed=1, dtype=torch.bfloat16).to(device) / 8
+        weight = gpu.Numbers(opened)
+    x = random(70, 128, seed=0, dtype=torch.bfloat16).to(device)
+    bias = random(96, seed=2, dtype=torch.bfloat16).to(device)
+    hidden = weight.gated(x, bias, "silu")
+    gate, up = (x.double() @ opened.double().T + bias.double()).chunk(2, 1)
+    expected = torch.nn.functional.silu(gate) * up
+    assert hidden is not None and (hidden.double() - expected).abs().max() <= 2**-6 * expected.abs().max()
+    weight.deterministic = True  # many rows are multiplied as few are
+    if kind == "numbers":
+        assert weight.gated(x, bias, "silu") is None

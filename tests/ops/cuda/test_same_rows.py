@@ -124,7 +124,9 @@ def test_weights_note_which_comes_after(device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize(("num_out", "num_in"), [(6144, 4096), (28672, 1024), (1024, 14336), (1543, 2048)])
+@pytest.mark.parametrize(
+    ("num_out", "num_in"), [(6144, 4096), (28672, 1024), (1024, 14336), (1543, 2048), (1024, 4864)]
+)
 def test_tiles_of_all_sizes_give_the_same_bits(dtype: torch.dtype, num_out: int, num_in: int) -> None:
     """Sums by one program and by several, with tiles from the smallest to the largest."""
     torch.manual_seed(0)
@@ -134,7 +136,7 @@ def test_tiles_of_all_sizes_give_the_same_bits(dtype: torch.dtype, num_out: int,
     same_rows.multiply(x, weight, whole)
     expected = x[-100:].double() @ weight.double().T
     assert (whole[-100:].double() - expected).abs().max() <= 2**-14 * expected.abs().max()
-    for num_rows in (1, 2, 7, 16, 17, 32, 44, 64, 128, 200, 256, 257, 512, 1000, 2000):
+    for num_rows in (1, 2, 3, 4, 7, 16, 17, 32, 44, 64, 128, 200, 256, 257, 512, 1000, 2000):
         for rows in (slice(num_rows), slice(8192 - num_rows, 8192)):
             out = torch.empty(num_rows, num_out, device="cuda")
             same_rows.multiply(x[rows], weight, out)
