@@ -18,7 +18,6 @@ import statistics
 import sys
 import tempfile
 import time
-import zlib
 from pathlib import Path
 
 from engine_figures import timer
@@ -87,8 +86,7 @@ def fill_as_vllm() -> None:
     from pelton.weights.dummy import DummyCheckpoint
 
     def numbers(self: DummyCheckpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
-        return (torch.rand(shape, generator=generator, device=self.device) - 0.5) * 0.002
+        return (torch.rand(shape, generator=self._generator(name), device=self.device) - 0.5) * 0.002
 
     DummyCheckpoint.numbers = numbers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise, product
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class ModelRunner:
 
         most = self.buffers.max_requests
         with only_compiling():
-            for num_requests, num_prompt in product({1, most}, PROMPTS):
+            for num_requests, num_prompt in zip((1, most), PROMPTS, strict=True):
                 num_tokens = min(num_requests + num_prompt, self.buffers.max_tokens)
                 self.model.forward(self.buffers.batch(num_tokens, num_requests, num_wanted=num_requests))
             return Graphs(self.model, self.kv, most, self.buffers.max_blocks)

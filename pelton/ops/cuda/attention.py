@@ -43,7 +43,7 @@ from pelton.ops.cuda.launch import (
     wait_for_inputs,
     wait_for_previous,
 )
-from pelton.ops.cuda.rows import accepts_rope_and_store, norm_factor, rotate, scale_of, to_cache
+from pelton.ops.cuda.rows import LOG2_E, accepts_rope_and_store, norm_factor, rotate, scale_of, to_cache
 
 PART = 128  # keys
 MAX_PARTS = 64
@@ -55,7 +55,6 @@ MAX_GROUP_SIZE = 8192  # numbers of their queries
 
 QUERIES = (torch.float32, torch.bfloat16, torch.float16)
 CACHES = (*QUERIES, torch.float8_e4m3fn, torch.int8)
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Tiling(NamedTuple):

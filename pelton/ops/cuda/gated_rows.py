@@ -12,12 +12,12 @@ from pelton.ops.cuda.cuts import MAX_ROWS
 from pelton.ops.cuda.few_rows import HALVES
 from pelton.ops.cuda.launch import OVERLAPS, has_wgmma, num_processors, place_in_band
 from pelton.ops.cuda.program import is_compiling
+from pelton.ops.cuda.rows import LOG2_E, turn_of
 from pelton.ops.tiles import Tiles
 
 ROWS, OUTS, COLUMNS = 128, 128, 64  # of a tile: of x, of each half of the weight, and what is multiplied at a time
 FEW = 256  # rows
 BAND = tl.constexpr(8)  # tiles of x whose programs run together, so that they share the weight in the L2 cache
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def accepts(x: Tensor, weight: Tensor | Tiles) -> bool:
@@ -87,5 +87,4 @@ def _kernel(
             column = n + tl.arange(0, OUTS)
             gate += tl.load(bias + column, mask=column < num_out, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias + num_out + column, mask=column < num_out, other=0.0).to(tl.float32)[None, :]
-        turn = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
-        out.store([m, n], (gate * _sigmoid(turn) * up).to(out.dtype))
+        out.store([m, n], (gate * _sigmoid(turn_of(gate, GELU)) * up).to(out.dtype))

@@ -20,6 +20,7 @@ ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 TABLES = (*ACTIVATIONS, torch.float8_e4m3fn, torch.float8_e5m2)
 MAX_NORM = 16384  # numbers of a row that are kept in registers to be normalised
 COLUMNS = 1024  # of a row, that one program changes where columns do not depend on each other
+LOG2_E = tl.constexpr(1.4426950408889634)
 ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a smaller float32 and subtracted again, it rounds to even
 
 
@@ -132,6 +133,13 @@ def _tanh(x):
 
 
 @triton.jit
+def turn_of(gate, GELU: tl.constexpr):
+    """What a gate is turned by: times the sigmoid of this it is its silu or, with GELU, its gelu by tanh, which is
+    x / 2 (1 + tanh y) = x sigmoid(2 y)."""
+    return 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
+
+
+@triton.jit
 def _gated_kernel(out_ptr, x_ptr, size, out_stride, x_stride, GELU: tl.constexpr, BLOCK: tl.constexpr):
     """Some columns of one row a program."""
     wait_for_inputs()
@@ -141,9 +149,7 @@ def _gated_kernel(out_ptr, x_ptr, size, out_stride, x_stride, GELU: tl.constexpr
     x = x_ptr + row * x_stride + column
     gate = tl.load(x, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + size, mask=inside, other=0.0).to(tl.float32)
-    # gelu: x / 2 * (1 + tanh(y)) = x * sigmoid(2 y)
-    turn = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
-    y = gate * tl.sigmoid(turn) * up
+    y = gate * tl.sigmoid(turn_of(gate, GELU)) * up
     tl.store(out_ptr + row * out_stride + column, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -72,13 +72,12 @@ def test_rows_that_leave_processors_idle_are_for_torch() -> None:
 def test_weights_multiply_many_rows_so(device: torch.device, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gated_rows, "has_wgmma", lambda device: True)
     monkeypatch.setattr(gated_rows, "is_faster", lambda *shape: True)
+    opened = random(96, 128, seed=1, dtype=torch.bfloat16).to(device) / 8
     if kind == "tiles":
-        opened = random(96, 128, seed=1, dtype=torch.bfloat16).to(device) / 8
         monkeypatch.setattr(few_rows, "open_tiles", lambda tiles, dtype: opened)
         codes = Codes(4, torch.zeros(96, 128, dtype=torch.uint8), torch.ones(96, 1), zero=8)
         weight: gpu.Whole = gpu.Tiled(make_tiles(codes), torch.bfloat16)
     else:
-        opened = random(96, 128, seed=1, dtype=torch.bfloat16).to(device) / 8
         weight = gpu.Numbers(opened)
     x = random(70, 128, seed=0, dtype=torch.bfloat16).to(device)
     bias = random(96, seed=2, dtype=torch.bfloat16).to(device)
