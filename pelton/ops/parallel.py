@@ -17,6 +17,7 @@ import torch.distributed
 from torch import Tensor
 
 from pelton.errors import ConfigError
+from pelton.ops import gpu
 from pelton.ops.recording import refuse_to_record
 
 c10d: Any = torch.distributed.distributed_c10d  # what its stubs leave out is used, too
@@ -31,6 +32,7 @@ class Ranks:
         self.size = size
         self.num_collectives = 0  # calls so far: where it is equal, ranks are in step
         self._group: Any = None
+        self._peers: Any = None  # of ops.cuda.peers
         self._lock = threading.Lock()
 
     def connect(self, folder: Path, kind: str) -> None:
@@ -49,6 +51,12 @@ class Ranks:
             options._devices = [c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
             self._group = c10d.ProcessGroupGloo(store, self.rank, self.size, options)
         self.all_reduce_(torch.zeros(1, device=kind))  # the connections take memory when they are used first
+        if kind == "cuda" and not gpu.why_not():
+            from pelton.ops.cuda import peers  # its kernels need Triton
+
+            if self.size <= peers.MAX_SIZE:
+                device = torch.device(kind, torch.cuda.current_device())
+                self._peers = peers.meet(self.rank, self.size, device, self.all_gather, self._least_of)
 
     def share(self, size: int, unit: int = 1, *, what: str, or_same: bool = False) -> range:
         """This rank's part of `size` features, which are cut into whole units only.
@@ -71,7 +79,11 @@ class Ranks:
 
     def all_reduce_(self, x: Tensor) -> Tensor:
         """The sum of every rank's x, in place."""
-        if self.size > 1:
+        if self._peers is not None and self._peers.accepts(x):
+            self._check()
+            self._peers.all_reduce_(x)
+            self.num_collectives += 1
+        elif self.size > 1:
             self._run("allreduce", c10d.AllreduceOptions(), [x])
         return x
 
@@ -98,13 +110,20 @@ class Ranks:
         self._run("allreduce", options, [x])
         return x.tolist()
 
+    def _check(self) -> Any:
+        """The group, if no rank is lost."""
+        if (group := self._group) is None:
+            raise RuntimeError("a rank is lost")
+        return group
+
+    def _least_of(self, value: int) -> int:
+        return self.least([value], torch.device("cuda", torch.cuda.current_device()))[0]
+
     def _run(self, collective: str, options: Any, *tensors: Any) -> None:
         """On a GPU in the current stream, without waiting."""
         refuse_to_record("what ranks tell each other")
         options.asyncOp = False
-        if (group := self._group) is None:
-            raise RuntimeError("a rank is lost")
-        work = getattr(group, collective)(*tensors, options)
+        work = getattr(self._check(), collective)(*tensors, options)
         if work is not None:
             work.wait()
         self.num_collectives += 1
@@ -114,6 +133,8 @@ class Ranks:
         own: NCCL keeps it until the last CUDA graph with a collective is gone."""
         with self._lock:
             group, self._group = self._group, None
+        if self._peers is not None:
+            self._peers.abort()
         if group is not None:
             group.abort()
 

@@ -204,18 +204,17 @@ def same_parts(num_out: int, num_in: int, processors: int) -> int:
 
 @cache
 def same_of_few(
-    num_out: int, is_gated: bool, piece_bytes: int, parts: int, processors: int, shared_memory: int
+    num_out: int, piece_bytes: int, has_values: bool, parts: int, processors: int, shared_memory: int
 ) -> More:
-    """For up to eight rows of x, in so many parts: small blocks, so that few warps wait for each other."""
-    for warps in (4, 2):
-        cut = More(1, 2 if is_gated else 1, warps, parts, 1, 1, PARTS=parts)
-        needed = -(-cut.grid(num_out)[0] * parts // processors)
-        for blocks in range(min(needed, 4), 0, -1):
-            most = 6 if blocks <= 2 else 4
-            stages = min(most, (shared_memory // blocks - TABLE_BYTES) // cut.shared_bytes(piece_bytes))
-            if stages >= 3:
-                return replace(cut, STAGES=stages, BLOCKS=blocks)
-    return replace(cut, STAGES=stages)
+    """For up to eight rows of x, in so many parts: small blocks, so that few warps wait for each other; larger ones for
+    codes that are looked up, as each fills a table."""
+    cut = More(1, 2, 4 if has_values else 2, parts, 1, 1, PARTS=parts)
+    needed = -(-cut.grid(num_out)[0] * parts // processors)
+    for blocks in range(min(needed, 4), 0, -1):
+        stages = min(4, (shared_memory // blocks - TABLE_BYTES) // cut.shared_bytes(piece_bytes))
+        if stages >= 3:
+            break
+    return replace(cut, STAGES=stages, BLOCKS=blocks)
 
 
 @cache
@@ -270,11 +269,13 @@ def more_on_hopper(
         return replace(found, STAGES=min(3, free // stage_bytes))
 
     def cost(cut: More) -> tuple[float, int]:
-        """By the chunks that a multiprocessor multiplies, what it takes to begin, and sums that go through memory."""
+        """By the chunks that a multiprocessor multiplies, what it takes to begin, sums that go through memory, and
+        parts that a team sums one after the other."""
         rounds = -(-cut.grid(num_out)[0] * cut.SPLIT // processors)
         chunks = -(-num_chunks // (cut.SPLIT * cut.TEAMS)) * cut.TEAMS
         joins = 0.4 * cut.SPLIT * cut.MT if cut.SPLIT > 1 else 0.0
-        return rounds * (3 + chunks * cut.WARPS * (1 + 2 * cut.MT) / 40) + joins, cut.SPLIT
+        turns = 4.0 * (cut.PARTS // (cut.SPLIT * cut.TEAMS) - 1) if cut.PARTS else 0.0
+        return rounds * (3 + chunks * cut.WARPS * (1 + 2 * cut.MT) / 40) + joins + turns, cut.SPLIT
 
     def cuts(mt: int) -> list[More]:
         found = [cut(mt, split) for split in range(1, 9) if (parts or split) % split == 0]

@@ -78,7 +78,7 @@ def _cut(x: Tensor, weight: Tensor | Tiles, is_gated: bool, same: bool) -> Cut:
     piece_bytes, has_min = _piece_bytes(weight), isinstance(weight, Tiles) and weight.has_min
     parts = cuts.same_parts(num_out, num_in, processors) if same else None
     if parts is not None and num_rows <= MMA_ROWS:
-        more = cuts.same_of_few(num_out, is_gated, piece_bytes, parts, processors, memory)
+        more = cuts.same_of_few(num_out, piece_bytes, _has_values(weight), parts, processors, memory)
     elif has_wgmma(x.device):
         more = cuts.more_on_hopper(*given, piece_bytes, has_min, processors, memory, parts)
     else:

@@ -75,9 +75,9 @@ class Function:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(self._device):
             torch.cuda.current_stream().synchronize()  # makes sure that the device has a context
-            _check(_driver().cuModuleLoadData(ctypes.byref(module), self._image()), f"loading {self._name}")
-            found = _driver().cuModuleGetFunction(ctypes.byref(function), module, self._name.encode())
-            _check(found, f"finding {self._name}")
+            check(driver().cuModuleLoadData(ctypes.byref(module), self._image()), f"loading {self._name}")
+            found = driver().cuModuleGetFunction(ctypes.byref(function), module, self._name.encode())
+            check(found, f"finding {self._name}")
         return function
 
     def _ready(self, shared_bytes: int) -> ctypes.c_void_p:
@@ -86,7 +86,7 @@ class Function:
             if self._handle is None:
                 self._handle = self._load()
             if shared_bytes > self._most_shared:  # it gets some unasked, but how many is not told
-                _check(_driver().cuFuncSetAttribute(self._handle, MAX_SHARED, shared_bytes), f"memory of {self._name}")
+                check(driver().cuFuncSetAttribute(self._handle, MAX_SHARED, shared_bytes), f"memory of {self._name}")
                 self._most_shared = shared_bytes
             return self._handle
 
@@ -100,8 +100,8 @@ class Function:
         config = _Config(*grid, 1, num_threads, 1, 1, shared_bytes, torch.cuda.current_stream(self._device).cuda_stream,
                          ctypes.pointer(attribute), int(torch.cuda.get_device_capability(self._device) >= HOPPER))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
-        launched = _driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
-        _check(launched, f"launch of {self._name}")
+        launched = driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
+        check(launched, f"launch of {self._name}")
 
 
 def load(source: str, name: str, defines: Mapping[str, int], device: torch.device) -> Function:
@@ -187,7 +187,8 @@ class _Config(ctypes.Structure):
 
 
 @cache
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
+    """The library that comes with the GPU's driver."""
     return ctypes.CDLL("libcuda.so.1")
 
 
@@ -198,9 +199,10 @@ def _nvrtc() -> ctypes.CDLL:
     return library
 
 
-def _check(status: int, what: str) -> None:
+def check(status: int, what: str) -> None:
+    """DeviceError, or OutOfMemoryError, if a call of the driver's failed."""
     if status:
         text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
+        driver().cuGetErrorString(status, ctypes.byref(text))
         kind = OutOfMemoryError if status == OUT_OF_MEMORY else DeviceError
         raise kind(f"{what} failed on the GPU: {(text.value or b'unknown error').decode()}")

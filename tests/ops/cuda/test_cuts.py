@@ -11,6 +11,7 @@ GPUS = [(108, 163 << 10), (28, 99 << 10), (82, 99 << 10), (128, 99 << 10), (132,
 HOPPER = GPUS[-1]
 SHAPES = [(64, 192), (1024, 1024), (6144, 4096), (4096, 14336), (28672, 4096), (57344, 8192), (262144, 5376)]
 PIECES = (8, 18, 20, 32, 36, 40, 48, 64, 96)  # bytes: from 2 bits of a code to 8 with a scale and a minimum for each 16
+MOST_LOOKED_UP = 32  # bytes of a piece, whose codes have 4 bits
 STATIC = 1 << 10  # at most, but for tables of values
 
 
@@ -46,8 +47,8 @@ def test_same_rows_of_few_fit(processors: int, memory: int) -> None:
         parts = cuts.same_parts(num_out, num_in, processors)
         assert num_in >= 256 * parts or parts == 1
         for piece_bytes in PIECES:
-            for gated in (False, True):
-                cut = cuts.same_of_few(num_out, gated, piece_bytes, parts, processors, memory)
+            for looked_up in (False, True) if piece_bytes <= MOST_LOOKED_UP else (False,):
+                cut = cuts.same_of_few(num_out, piece_bytes, looked_up, parts, processors, memory)
                 assert cut.STAGES >= 2 and cut.BLOCKS * (cut.shared_bytes(piece_bytes) + (8 << 10) + STATIC) <= memory
                 assert cut.grid(num_out)[0] <= cuts.MAX_SHARING * processors or parts == 1
 

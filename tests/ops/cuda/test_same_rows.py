@@ -159,7 +159,7 @@ def test_tiles_are_split_by_the_shape_of_the_weight(processors: int, memory: int
             assert len({cut.WARPS for cut in few}) == 1, (num_out, num_in)
             limits, parts = (processors, memory), cuts.same_parts(num_out, num_in, processors)
             found = [cuts.more(*each, piece_bytes, *limits, parts) for each in given]
-            found += [cuts.same_of_few(num_out, gated, piece_bytes, parts, *limits) for gated in (False, True)]
+            found += [cuts.same_of_few(num_out, piece_bytes, looked_up, parts, *limits) for looked_up in (False, True)]
             if processors == 132:
                 found += [cuts.more_on_hopper(*each, piece_bytes, False, *limits, parts) for each in given]
             assert all(parts == cut.PARTS and parts % (cut.SPLIT * cut.TEAMS) == 0 for cut in found)
