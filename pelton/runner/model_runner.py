@@ -85,10 +85,11 @@ class ModelRunner:
 
         most = self.buffers.max_requests
         with only_compiling():
+            graphs = Graphs(self.model, self.kv, most, self.buffers.max_blocks)  # first: what takes longest to compile
             for num_requests, num_prompt in zip((1, most), PROMPTS, strict=True):
                 num_tokens = min(num_requests + num_prompt, self.buffers.max_tokens)
                 self.model.forward(self.buffers.batch(num_tokens, num_requests, num_wanted=num_requests))
-            return Graphs(self.model, self.kv, most, self.buffers.max_blocks)
+            return graphs
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the plan's chunks. Safe to repeat: it writes the same slots and the same tokens again.
