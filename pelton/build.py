@@ -109,7 +109,7 @@ def _build_runner(
     machine = probe_device(args.device, env.cuda_visible_devices, ranks)
     if ranks.size > 1:
         meet()
-        ranks.connect(folder, machine.kind)
+        ranks.connect(folder, machine.kind, not args.disable_custom_all_reduce)
         machine = probe_device(args.device, env.cuda_visible_devices, ranks)  # what is free beside the connections
         machine = least_of_all(machine, ranks)
         binding = env.cpu_binding.split("|")

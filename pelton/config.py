@@ -56,6 +56,7 @@ class EngineArgs:
     max_model_len: int | None = None
     device: str = "auto"  # "auto", "cpu", "cuda"
     tensor_parallel_size: int = 1  # ranks that share the model, each on a device of its own
+    disable_custom_all_reduce: bool = False  # GPUs that share the model sum by NCCL alone
     trust_remote_code: bool = False  # accepted; no code of a checkpoint is ever run
     enforce_eager: bool = False  # compute each step op by op instead of replaying it
     lazy_capture: bool = False  # on a GPU: capture each size of step when it is first needed, instead of at start

@@ -13,7 +13,6 @@ from pelton.errors import ConfigError
 SWITCHES = {
     "disable_log_stats": "statistics are at the server's /metrics and not logged",
     "disable_frontend_multiprocessing": "the server's engine always runs in a process of its own",
-    "disable_custom_all_reduce": "sums over devices are always NCCL's",
     "disable_async_output_proc": "output is always processed beside the engine",
     "disable_cascade_attn": "there is one kind of attention",
     "use_v2_block_manager": "there is one block manager",

@@ -28,6 +28,7 @@ ENGINE_FLAGS = {
     "max_model_len": "most tokens of prompt and answer together; 4096, 4k (thousands) or 4K (1024s) [the model's]",
     "device": "auto, cpu, cuda",
     "tensor_parallel_size": "devices of this machine that share the model",
+    "disable_custom_all_reduce": "GPUs that share the model sum by NCCL alone, not through each other's memory",
     "trust_remote_code": "accepted; no code of a checkpoint is ever run in this version",
     "enforce_eager": "compute each step op by op instead of replaying it as captured",
     "lazy_capture": "on a GPU: capture each size of step when it is first needed, instead of all at start",

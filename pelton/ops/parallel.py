@@ -6,6 +6,7 @@ All ranks call the same collectives in the same order; nothing else keeps them t
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
@@ -35,8 +36,9 @@ class Ranks:
         self._peers: Any = None  # of ops.cuda.peers
         self._lock = threading.Lock()
 
-    def connect(self, folder: Path, kind: str) -> None:
-        """Meet the others, through a file in `folder` that all can see. kind: "cpu" (gloo) or "cuda" (NCCL)."""
+    def connect(self, folder: Path, kind: str, through_memory: bool = True) -> None:
+        """Meet the others, through a file in `folder` that all can see. kind: "cpu" (gloo) or "cuda" (NCCL, and what is
+        few through the GPUs' memory, if asked to and if they reach each other's)."""
         if kind == "cuda" and not torch.distributed.is_nccl_available():
             raise ConfigError("--tensor-parallel-size: this torch comes without NCCL; use one that has it, or 1")
         store = torch.distributed.FileStore(str(folder / "ranks"), self.size)  # type: ignore[attr-defined]
@@ -51,12 +53,20 @@ class Ranks:
             options._devices = [c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
             self._group = c10d.ProcessGroupGloo(store, self.rank, self.size, options)
         self.all_reduce_(torch.zeros(1, device=kind))  # the connections take memory when they are used first
-        if kind == "cuda" and not gpu.why_not():
+        if kind == "cuda" and through_memory:
+            self._meet()
+
+    def _meet(self) -> None:
+        """Find each other's memory, if all can."""
+        device = torch.device("cuda", torch.cuda.current_device())
+
+        def least(value: int) -> int:
+            return self.least([value], device)[0]
+
+        if least(int(not gpu.why_not() and os.environ.get("NCCL_P2P_DISABLE", "0") == "0")):
             from pelton.ops.cuda import peers  # its kernels need Triton
 
-            if self.size <= peers.MAX_SIZE:
-                device = torch.device(kind, torch.cuda.current_device())
-                self._peers = peers.meet(self.rank, self.size, device, self.all_gather, self._least_of)
+            self._peers = peers.meet(self.rank, self.size, device, self.all_gather, least)
 
     def share(self, size: int, unit: int = 1, *, what: str, or_same: bool = False) -> range:
         """This rank's part of `size` features, which are cut into whole units only.
@@ -115,9 +125,6 @@ class Ranks:
         if (group := self._group) is None:
             raise RuntimeError("a rank is lost")
         return group
-
-    def _least_of(self, value: int) -> int:
-        return self.least([value], torch.device("cuda", torch.cuda.current_device()))[0]
 
     def _run(self, collective: str, options: Any, *tensors: Any) -> None:
         """On a GPU in the current stream, without waiting."""

@@ -75,13 +75,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) all_reduce(const __grid_co
     bool is_whole = true;
     for (int i = first; i < a.num_words && is_whole; i += stride) {
         const uint2 own = a.x[i];
-        float sums[EACH] = {};
+        float sums[EACH];
 #pragma unroll
         for (int r = 0; r < SIZE; ++r) {
             uint2 word = own;
             if (r != a.rank) is_whole = is_whole && receive(word, a.inboxes[a.rank] + place(r, i), call, a.stop);
 #pragma unroll
-            for (int e = 0; e < EACH; ++e) sums[e] += to_float(word, e);
+            for (int e = 0; e < EACH; ++e) sums[e] = r ? sums[e] + to_float(word, e) : to_float(word, e);
         }
         if (is_whole)
             a.x[i] = TYPE == 2 ? make_uint2(__float_as_uint(sums[0]), __float_as_uint(sums[1]))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,11 +16,14 @@ from torch import Tensor
 from pelton.errors import DeviceError
 from pelton.ops.cuda.program import Function, check, driver, load
 
+logger = logging.getLogger(__name__)
+
 MAX_BYTES = 2 << 20  # that a rank sends of its own: more takes as long by NCCL
 MAX_SIZE = 8  # ranks
-WORD = 8  # bytes, of which 16 are sent
+WORD = 8  # bytes; 16 are sent for each
 THREADS, BLOCKS = 256, 128  # so few that all run at once
 HANDLE = 64  # bytes
+TRIAL_S = 20.0  # what the first sum may take, with all that is loaded for it
 LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -46,12 +52,12 @@ class Peers:
         self.device = device
         self._max_words = MAX_BYTES // (size - 1) // WORD  # of what is summed
         self._stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self._calls = torch.zeros(BLOCKS, dtype=torch.int32, device=device)
-        self._functions: dict[int, Function] = {}
         self._inboxes: list[int] = []
+        inbox_bytes = 2 * size * self._max_words * 2 * WORD
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes sure that the device has a context
-            self._own = _allocate(2 * size * self._max_words * 2 * WORD)
+            self._own = _allocate(inbox_bytes + BLOCKS * 4)
+        self._calls = self._own + inbox_bytes
         self._free = weakref.finalize(self, _free, device, self._own, self._inboxes)
         self._free.atexit = False  # with the process all of it is gone
 
@@ -83,16 +89,26 @@ class Peers:
         """The sum of every rank's x, in place, in the current stream."""
         num_words = x.nbytes // WORD
         inboxes = (ctypes.c_void_p * MAX_SIZE)(*self._inboxes)
-        args = _Args(
-            x.data_ptr(), self._calls.data_ptr(), self._stop.data_ptr(), inboxes, self.rank, num_words, self._max_words
-        )
-        self._function(TYPES[x.dtype]).launch((min(BLOCKS, -(-num_words // THREADS)), 1), THREADS, args)
+        pointers = x.data_ptr(), self._calls, self._stop.data_ptr()
+        args = _Args(*pointers, inboxes, self.rank, num_words, self._max_words)
+        grid = min(BLOCKS, -(-num_words // THREADS)), 1
+        _function(self.size, TYPES[x.dtype], self.device).launch(grid, THREADS, args)
 
-    def _function(self, kind: int) -> Function:
-        if kind not in self._functions:
-            defines = {"SIZE": self.size, "TYPE": kind, "THREADS": THREADS, "BLOCKS": BLOCKS}
-            self._functions[kind] = load("all_reduce.cu", "all_reduce", defines, self.device)
-        return self._functions[kind]
+    def is_reached(self) -> bool:
+        """Whether a sum of all ranks' comes, and is right: on some hosts GPUs open each other's memory, but what they
+        write there does not arrive."""
+        numbers = torch.arange(1000.0, device=self.device)
+        x = numbers * (self.rank + 1)
+        self.all_reduce_(x)
+        done = torch.cuda.Event()
+        done.record()
+        end = time.monotonic() + TRIAL_S
+        while not done.query():
+            if time.monotonic() > end:
+                self.abort()
+                return False
+            time.sleep(0.001)
+        return torch.equal(x, numbers * (self.size * (self.size + 1) // 2))
 
     def abort(self) -> None:
         """End sums that wait for a rank that is lost."""
@@ -102,19 +118,33 @@ class Peers:
 def meet(
     rank: int, size: int, device: torch.device, gather: Callable[[Tensor], Tensor], least: Callable[[int], int]
 ) -> Peers | None:
-    """The ranks' memory, if each can reach that of all others: all get the same answer. gather: every rank's bytes
+    """The ranks' memory, if each reaches that of all others: all get the same answer. gather: every rank's bytes
     [1, n] side by side; least: of every rank's number."""
-    peers, handle = None, bytes(HANDLE)
+    if size > MAX_SIZE:
+        return None
+    peers, handle, is_open = None, bytes(HANDLE), False
     with suppress(DeviceError):
         peers = Peers(rank, size, device)
         handle = peers.handle()
     all_bytes = bytes(gather(torch.tensor([list(handle)], dtype=torch.uint8, device=device)).flatten().tolist())
-    is_open = False
     if peers is not None:
         with suppress(DeviceError):
             peers.open([all_bytes[i * HANDLE : (i + 1) * HANDLE] for i in range(size)])
             is_open = True
-    return peers if least(int(is_open)) else None
+    if not least(int(is_open)) or peers is None:
+        return None
+    if not least(int(peers.is_reached())):
+        if rank == 0:
+            logger.warning("what a GPU writes to another's memory does not arrive; --disable-custom-all-reduce saves "
+                           "the time that finding this out takes")
+        return None
+    return peers
+
+
+@cache
+def _function(size: int, kind: int, device: torch.device) -> Function:
+    defines = {"SIZE": size, "TYPE": kind, "THREADS": THREADS, "BLOCKS": BLOCKS}
+    return load("all_reduce.cu", "all_reduce", defines, device)
 
 
 def _allocate(num_bytes: int) -> int:
@@ -128,6 +158,7 @@ def _allocate(num_bytes: int) -> int:
 
 def _free(device: torch.device, own: int, inboxes: Sequence[int]) -> None:
     with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # makes sure that this thread has the device's context
         for address in inboxes:
             if address != own:
                 driver().cuIpcCloseMemHandle(ctypes.c_uint64(address))

@@ -92,7 +92,7 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     driver = Driver()
-    monkeypatch.setattr(program, "_driver", lambda: driver)
+    monkeypatch.setattr(program, "driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
@@ -273,7 +273,7 @@ def test_what_the_driver_refuses(monkeypatch: pytest.MonkeyPatch, status: int, k
     def get_error(status: int, text: Any) -> None:
         ctypes.cast(text, ctypes.POINTER(ctypes.c_char_p))[0] = b"a reason"
 
-    monkeypatch.setattr(program, "_driver", lambda: SimpleNamespace(cuGetErrorString=get_error))
-    program._check(0, "launch")
+    monkeypatch.setattr(program, "driver", lambda: SimpleNamespace(cuGetErrorString=get_error))
+    program.check(0, "launch")
     with pytest.raises(kind, match="^launch failed on the GPU: a reason$"):
-        program._check(status, "launch")
+        program.check(status, "launch")
