@@ -64,7 +64,7 @@ def check(logits: torch.Tensor, rows: list[SampleRow], constraints: dict[int, Co
     [({"top_k": k}, TopKLogitsWarper(k)) for k in (1, 7, 99)]
     + [({"top_p": p}, TopPLogitsWarper(p)) for p in (0.05, 0.5, 0.9, 0.999)]
     + [({"min_p": p}, MinPLogitsWarper(p)) for p in (0.01, 0.5, 1.0)],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else type(value).__name__,
 )
 def test_what_truncation_keeps(fields: dict[str, Any], warper: Any, scale: float) -> None:
     logits = random(100, scale=scale)
