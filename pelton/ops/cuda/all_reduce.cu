@@ -5,10 +5,8 @@
 // A word has the same block in every call, if not the same number of blocks run. Calls of a block take turns between two
 // halves of an inbox: who is in the next call but one has had an answer from all, each of whom has read what came before.
 //
-// Defined when compiled: SIZE (ranks), TYPE (0: bfloat16, 1: float16, 2: float32), THREADS, BLOCKS (at most).
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+// Defined when compiled, beside what common.cuh names: SIZE (ranks), FLOAT32 (1: numbers are such), THREADS, BLOCKS (most).
+#include "common.cuh"
 
 struct Args {
     uint2* x;           // [num_words]
@@ -18,25 +16,23 @@ struct Args {
     int rank, num_words, most_words;
 };
 
-constexpr int EACH = TYPE == 2 ? 2 : 4;  // numbers of a word
+constexpr int EACH = FLOAT32 ? 2 : 4;  // numbers of a word
 
-__device__ __forceinline__ float to_float(const uint2& word, int i) {
-    const u32 pair = TYPE == 2 || i >= 2 ? word.y : word.x;
-    if (TYPE == 2) return __uint_as_float(i ? word.y : word.x);
-    const u16 half = u16(i % 2 ? pair >> 16 : pair);
-    if (TYPE == 0) return __uint_as_float(u32(half) << 16);
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(half));
-    return f;
+__device__ __forceinline__ float number_of(const uint2& word, int i) {
+#if FLOAT32
+    return __uint_as_float(i ? word.y : word.x);
+#else
+    const u32 pair = i < 2 ? word.x : word.y;
+    return to_float(u16(i % 2 ? pair >> 16 : pair));
+#endif
 }
 
-__device__ __forceinline__ u32 to_pair(float low, float high) {
-    u32 r;
-    if (TYPE == 1)
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    else
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
+__device__ __forceinline__ uint2 to_word(const float (&numbers)[EACH]) {
+#if FLOAT32
+    return make_uint2(__float_as_uint(numbers[0]), __float_as_uint(numbers[1]));
+#else
+    return make_uint2(to_pair(numbers[0], numbers[1]), to_pair(numbers[2], numbers[3]));
+#endif
 }
 
 __device__ __forceinline__ void send(uint4* to, const uint2& word, u32 call) {
@@ -59,10 +55,8 @@ __device__ __forceinline__ bool receive(uint2& word, const uint4* from, u32 call
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) all_reduce(const __grid_constant__ Args a) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    let_next_begin();
+    wait_for_inputs();
     const int first = blockIdx.x * THREADS + threadIdx.x, stride = BLOCKS * THREADS;
     const u32 call = a.calls[blockIdx.x] + 1;
     const auto place = [&](int sender, int i) { return (u64(call % 2) * SIZE + sender) * a.most_words + i; };
@@ -81,11 +75,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) all_reduce(const __grid_co
             uint2 word = own;
             if (r != a.rank) is_whole = is_whole && receive(word, a.inboxes[a.rank] + place(r, i), call, a.stop);
 #pragma unroll
-            for (int e = 0; e < EACH; ++e) sums[e] = r ? sums[e] + to_float(word, e) : to_float(word, e);
+            for (int e = 0; e < EACH; ++e) sums[e] = r ? sums[e] + number_of(word, e) : number_of(word, e);
         }
-        if (is_whole)
-            a.x[i] = TYPE == 2 ? make_uint2(__float_as_uint(sums[0]), __float_as_uint(sums[1]))
-                               : make_uint2(to_pair(sums[0], sums[1]), to_pair(sums[EACH - 2], sums[EACH - 1]));
+        if (is_whole) a.x[i] = to_word(sums);
     }
     __syncthreads();  // all have read the number of the call
     if (threadIdx.x == 0) a.calls[blockIdx.x] = call;

@@ -14,8 +14,6 @@ static_assert(WARPS % PARTS == 0 && (PARTS > 1 || !GATE));
 // Rows lie in shared memory with 16 bytes between them, so that eight of them are in different banks.
 constexpr int LINE = 2 * CHUNK + 16, STAGE_BYTES = 16 * LINE;
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
-
 // A barrier in shared memory, which opens when all bytes that it expects have come.
 __device__ __forceinline__ void set_up(u32 barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
@@ -78,13 +76,6 @@ __device__ __forceinline__ void multiply(Sum (&sums)[CHAINS][4], u32 w, u32 x, i
                 mma(sums[(s + i) % CHAINS], numbers[i], {pairs[2 * i], pairs[2 * i + 1]});
             }
         }
-}
-
-__device__ __forceinline__ void wait_for_team(int team) {
-    if (TEAMS == 1)
-        __syncthreads();
-    else
-        asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * PARTS) : "memory");
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_rows(const __grid_constant__ Args a) {
@@ -151,7 +142,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_rows(const __grid
                     all[(part * a.M + to_m) * 16 + to_row] = sums[0][c];
             }
             if (PARTS == 1) continue;
-            wait_for_team(team);  // what the other side holds was read before
+            if (TEAMS == 1)  // what the other side holds was read before
+                __syncthreads();
+            else
+                wait_for_team<32 * PARTS>(team);
             if (m < a.M)
                 for (int i = 0; i < PARTS; ++i) own[half] += all[i * 16 * a.M + thread];
         }

@@ -21,8 +21,6 @@ typedef u8 Weights[WARPS][2][MT][32 * PIECE_BYTES];
 // What a thread sums, of each tile: rows g and g + 8, columns 8 n + 2 t and the next.
 typedef float Sums[MT][NT][4];
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
-
 // Bring bytes to shared memory without waiting; zeros if they are not there.
 template <int bytes>
 __device__ __forceinline__ void fetch(u32 to, const u8* from, bool is_there = true) {
@@ -36,9 +34,6 @@ __device__ __forceinline__ void close_fetch() { asm volatile("cp.async.commit_gr
 template <int pending>
 __device__ __forceinline__ void wait_for_fetch() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
-}
-__device__ __forceinline__ void wait_for_team(int team) {
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * WARPS) : "memory");
 }
 constexpr int unit_of(int bytes) { return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : 4; }
 
@@ -147,9 +142,9 @@ __device__ __forceinline__ void add_parts(const Args& a, Sums& sums, int thread)
 __device__ __forceinline__ bool is_last_block(const Args& a, int thread) {
     __shared__ u32 is_last;
     __threadfence();
-    wait_for_team(0);
+    wait_for_team<32 * WARPS>(0);
     if (thread == 0) is_last = atomicAdd(a.arrived + blockIdx.x, 1) == SPLIT - 1;
-    wait_for_team(0);
+    wait_for_team<32 * WARPS>(0);
     if (!is_last) return false;
     __threadfence();
     if (thread == 0) a.arrived[blockIdx.x] = 0;
@@ -203,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_ro
     for (int chunk = begin; chunk < end; ++chunk) {
         wait_for_fetch<STAGES - 2>();  // this chunk is there,
         x.show();
-        wait_for_team(team);  // and nobody needs the one before any more
+        wait_for_team<32 * WARPS>(team);  // and nobody needs the one before any more
         if (chunk + STAGES - 1 < end) fetch_own(next, chunk + STAGES - 1);
         x.advance(chunk, next);
         close_fetch();

@@ -8,10 +8,7 @@
 // Defined when compiled: HALF (1: float16, 0: bfloat16), NUMBERS or BITS, GROUP, SCALE (16, 32: floats; 8: multiples of a
 // float16 for each 256 columns), MIN (m or z), ZEROS (z), ZERO, LOOKUP, FLOAT8, INT8, OUT32; GATE (1: silu, 2: gelu by
 // tanh): w is [gate | up], and out[m, n] = gate(..) up.
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "common.cuh"
 
 struct Args {
     void* out;            // [M, N], rows out_stride apart, of x's type or float32
@@ -63,28 +60,6 @@ __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], const u32 
                    "f"(from[2]), "f"(from[3]));
 }
 
-__device__ __forceinline__ float half_to_float(u16 h) {
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-    return f;
-}
-__device__ __forceinline__ float to_float(u16 h) {
-#if HALF
-    return half_to_float(h);
-#else
-    return __uint_as_float(u32(h) << 16);
-#endif
-}
-// Two floats as a pair of x's type.
-__device__ __forceinline__ u32 to_pair(float low, float high) {
-    u32 r;
-#if HALF
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#endif
-    return r;
-}
 // Pairs of small integers: u | MAGIC is the number BASE + u. What is too much is taken from the sums, as a multiple of
 // the sum of x.
 #if HALF
@@ -373,18 +348,6 @@ __device__ __forceinline__ void store_gated(const Args& a, int m, int n, float g
     ((u16*)a.out)[u64(m) * a.out_stride + n] = u16(to_pair(gate / (1.0f + __expf(-turn)) * up, 0.0f));
 }
 #endif
-
-// From compute capability 9.0 on a kernel may be brought up while the one before it still runs.
-__device__ __forceinline__ void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
 
 // Ask for this block's share of what is read next: kernels between two products leave the memory idle.
 __device__ __forceinline__ void prefetch_next(const Args& a) {
