@@ -80,16 +80,15 @@ class ModelRunner:
 
     def _compile(self) -> Graphs:
         """What is to be captured; what that and steps with prompts launch is compiled, at once, and not when the first
-        request waits for it."""
+        request waits for it. Prompts come first: theirs takes longest."""
         from pelton.ops.cuda.launch import only_compiling  # its kernels need Triton
 
         most = self.buffers.max_requests
         with only_compiling():
-            graphs = Graphs(self.model, self.kv, most, self.buffers.max_blocks)  # first: what takes longest to compile
             for num_requests, num_prompt in zip((1, most), PROMPTS, strict=True):
                 num_tokens = min(num_requests + num_prompt, self.buffers.max_tokens)
                 self.model.forward(self.buffers.batch(num_tokens, num_requests, num_wanted=num_requests))
-            return graphs
+            return Graphs(self.model, self.kv, most, self.buffers.max_blocks)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the plan's chunks. Safe to repeat: it writes the same slots and the same tokens again.

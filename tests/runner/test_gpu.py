@@ -142,14 +142,15 @@ def test_captured_and_eager_steps_give_the_same_bits(layout: str) -> None:
 
 
 def test_no_request_waits_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are compiled at start: for requests alone and together, and for prompts."""
-    core = make_engine(DummyCheckpoint(config_of("LlamaForCausalLM"), torch.bfloat16, torch.device("cuda")), "bfloat16")
+    """Kernels are compiled at start: for requests alone, a few and many, and for prompts."""
+    source = DummyCheckpoint(config_of("LlamaForCausalLM"), torch.bfloat16, torch.device("cuda"))
+    core = make_engine(source, "bfloat16", limits=(200, 512), num_blocks=1000)
     from triton import knobs
 
     compiled: list[str] = []
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **given: compiled.append(given["repr"]))
-    run(core, PROMPTS[:1], max_tokens=8)
-    run(core, PROMPTS, max_tokens=8)
+    for prompts in (PROMPTS[:1], PROMPTS, PROMPTS * 40):
+        run(core, prompts, max_tokens=8)
     assert not [name for name in compiled if "_decode_kernel" in name or "_chunk_kernel" in name]
 
 

@@ -658,33 +658,38 @@ def _attend(
         float(scale), None if softcap is None else float(softcap),
         _compiled_in(window, num_kv_heads, query.shape[1] // num_kv_heads, head_size, block_size),
     )
-    num_requests = context_lens.shape[0]
-    requests = 1 if num_requests == 1 else max(128, triton.next_power_of_2(num_requests))
     if query.shape[0] != context_lens.shape[0]:
-        _compute_chunks(x, requests)
-    _compute_decodes(x, new, requests)
+        _compute_chunks(x)
+    _compute_decodes(x, new)
     return out
 
 
-def _compute_chunks(x: Inputs, requests: int) -> None:
-    """Requests with more than FEW_TOKENS tokens; requests: the number of them, rounded up."""
+def _room(num_tokens: int, num_requests: int) -> int:
+    """For so many requests a kernel is compiled: steps with prompts, which take longer, have fewer of them."""
+    if num_tokens == num_requests == 1:
+        return 1
+    return max(128 if num_tokens == num_requests else 256, 1 << (num_requests - 1).bit_length())
+
+
+def _compute_chunks(x: Inputs) -> None:
+    """Requests with more than FEW_TOKENS tokens."""
     (num_tokens, num_heads, head_size), num_requests = x.query.shape, x.context_lens.shape[0]
     group = num_heads // x.key.numbers.shape[2]
     tiling = chunk_tiling(head_size, group, x.query.dtype, shared_memory(x.query.device))
     # at most: each request has two that are not full
     tiles = num_tokens // (tiling.rows // group) + 2 * min(num_requests, num_tokens // (FEW_TOKENS + 1))
     _chunk_kernel[(tiles * (num_heads // group),)](
-        x, num_requests, FEW_TOKENS, requests, tiling.rows, tiling.keys,
+        x, num_requests, FEW_TOKENS, _room(num_tokens, num_requests), tiling.rows, tiling.keys,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **OVERLAP,
     )
 
 
-def _compute_decodes(x: Inputs, new: NewTokens | None, requests: int) -> None:
+def _compute_decodes(x: Inputs, new: NewTokens | None) -> None:
     """Requests with at most FEW_TOKENS tokens, or all if they could have one token each."""
     (num_tokens, num_heads, head_size), num_requests = x.query.shape, x.context_lens.shape[0]
     num_kv_heads, device = x.key.numbers.shape[2], x.query.device
     group = num_heads // num_kv_heads
-    is_many = num_requests >= MANY_REQUESTS and head_size <= 128
+    is_many = head_size <= 128 and (num_requests >= MANY_REQUESTS or num_tokens != num_requests)
     tiling = decode_tiling(head_size, group, x.query.dtype, is_many)
     few_rows = num_tokens if num_tokens == num_requests else FEW_TOKENS
     max_units = triton.cdiv(x.block_table.shape[1] * x.key.numbers.shape[1], PART)
@@ -692,7 +697,8 @@ def _compute_decodes(x: Inputs, new: NewTokens | None, requests: int) -> None:
     num_programs = min(most, (MAX_PROGRAMS + is_many) * num_processors(device))
     _decode_kernel[(num_programs,)](
         x, new, _parts(num_programs, min(max_units, MAX_PARTS), group, head_size, device), num_requests, few_rows,
-        new is not None, PART, MAX_PARTS, requests, tiling.rows, triton.next_power_of_2(group), min(tiling.keys, PART),
+        new is not None, PART, MAX_PARTS, _room(num_tokens, num_requests), tiling.rows, triton.next_power_of_2(group),
+        min(tiling.keys, PART),
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, maxnreg=tiling.max_registers, **OVERLAP,
     )
 

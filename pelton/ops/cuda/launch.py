@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,8 +115,15 @@ def only_compiling() -> Iterator[None]:
     if knobs.runtime.interpret:
         yield
         return
-    with ThreadPoolExecutor(os.cpu_count()) as executor, _Later(executor) as later, compiling_by(executor):
-        yield
+    noted = Event()  # what to compile: compiling meanwhile would hold up this thread, which needs Python's lock too
+    with (
+        ThreadPoolExecutor(os.cpu_count(), initializer=noted.wait) as executor,
+        _Later(executor) as later, compiling_by(executor),
+    ):  # fmt: skip
+        try:
+            yield
+        finally:
+            noted.set()
     later.check()
 
 
