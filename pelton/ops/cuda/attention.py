@@ -48,7 +48,7 @@ from pelton.ops.cuda.rows import LOG2_E, accepts_rope_and_store, norm_factor, ro
 PART = 128  # keys
 MAX_PARTS = 64
 MAX_PROGRAMS = 2  # for each of a GPU's processors
-MANY_REQUESTS = 129  # from so many on there is one more
+MANY_REQUESTS = 129  # from so many on there is one more, and in steps with prompts
 MAX_HEAD_SIZE = 256
 MAX_GROUP = 64  # query heads that share a key head
 MAX_GROUP_SIZE = 8192  # numbers of their queries
@@ -665,7 +665,7 @@ def _attend(
 
 
 def _room(num_tokens: int, num_requests: int) -> int:
-    """For so many requests a kernel is compiled: steps with prompts, which take longer, have fewer of them."""
+    """How many requests a kernel is compiled for: few numbers, fewer in steps with prompts, so that a start has all."""
     if num_tokens == num_requests == 1:
         return 1
     return max(128 if num_tokens == num_requests else 256, 1 << (num_requests - 1).bit_length())
@@ -689,9 +689,10 @@ def _compute_decodes(x: Inputs, new: NewTokens | None) -> None:
     (num_tokens, num_heads, head_size), num_requests = x.query.shape, x.context_lens.shape[0]
     num_kv_heads, device = x.key.numbers.shape[2], x.query.device
     group = num_heads // num_kv_heads
-    is_many = head_size <= 128 and (num_requests >= MANY_REQUESTS or num_tokens != num_requests)
+    has_prompts = num_tokens != num_requests
+    is_many = head_size <= 128 and (has_prompts or num_requests >= MANY_REQUESTS)
     tiling = decode_tiling(head_size, group, x.query.dtype, is_many)
-    few_rows = num_tokens if num_tokens == num_requests else FEW_TOKENS
+    few_rows = FEW_TOKENS if has_prompts else num_tokens
     max_units = triton.cdiv(x.block_table.shape[1] * x.key.numbers.shape[1], PART)
     most = min(num_tokens, num_requests * few_rows) * num_kv_heads * max_units
     num_programs = min(most, (MAX_PROGRAMS + is_many) * num_processors(device))

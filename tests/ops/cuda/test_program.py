@@ -209,7 +209,7 @@ def test_another_thread_waits_for_a_kernel_that_is_being_compiled(
         unready.run("here")
         there = executor.submit(lambda: unready.run("there"))
         ready.set()
-    there.result()
+    there.result(60)
     unready.run("later")
     assert [call.args for call in kernel.run.call_args_list] == [("there",), ("later",)]
     with pytest.raises(DeviceError), launch.only_compiling():
