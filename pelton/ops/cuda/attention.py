@@ -68,17 +68,17 @@ class Tiling(NamedTuple):
 
 
 @cache
-def decode_tiling(head_size: int, group: int, dtype: torch.dtype, is_many: bool = False) -> Tiling:
-    """For a dtype of queries. Bound by memory. is_many: for more programs that ask for less each. What is computed is
-    the same."""
-    rows = max(16, triton.next_power_of_2(group))
+def decode_tiling(head_size: int, group: int, dtype: torch.dtype, asks_less: bool = False) -> Tiling:
+    """For a dtype of queries. Bound by memory. asks_less: for more programs, or a lone request's, which have one or two
+    spans each: less is under way. What is computed is the same."""
+    rows, stages = max(16, triton.next_power_of_2(group)), 3 if asks_less else 5
     if dtype == torch.float32:
         return Tiling(rows, 32 if head_size <= 128 else 16, 4 if rows <= 16 else 8, 3)
     if rows > 16:
         return Tiling(rows, 32, 8, 3)
     if head_size > 128:
-        return Tiling(rows, 32, 4, 5)
-    return Tiling(rows, 64, 4, 3 if is_many else 5, max_registers=168)  # room for three programs
+        return Tiling(rows, 32, 4, stages)
+    return Tiling(rows, 64, 4, stages, max_registers=168)  # room for three programs
 
 
 @cache
@@ -691,7 +691,7 @@ def _compute_decodes(x: Inputs, new: NewTokens | None) -> None:
     group = num_heads // num_kv_heads
     has_prompts = num_tokens != num_requests
     is_many = head_size <= 128 and (has_prompts or num_requests >= MANY_REQUESTS)
-    tiling = decode_tiling(head_size, group, x.query.dtype, is_many)
+    tiling = decode_tiling(head_size, group, x.query.dtype, is_many or num_requests == 1)
     few_rows = FEW_TOKENS if has_prompts else num_tokens
     max_units = triton.cdiv(x.block_table.shape[1] * x.key.numbers.shape[1], PART)
     most = min(num_tokens, num_requests * few_rows) * num_kv_heads * max_units

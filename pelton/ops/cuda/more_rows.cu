@@ -190,6 +190,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_ro
         if (WGMMA) close_fetch();  // else with x
     }
     wait_for_inputs();  // weights never change; x is there from here on
+    if (NT == 1) let_next_begin();  // what reads little beside w leaves room for what waits
     x.begin(begin);
 
     const int thread = 32 * warp + lane;
@@ -212,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_ro
         }
     }
 
-    let_next_begin();
+    if (NT > 1) let_next_begin();
     prefetch_next(a);
     if (TEAMS > 1) join_teams(sums, (float*)memory, team, thread);
     if (team > 0) return;
