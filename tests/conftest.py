@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ from safetensors.numpy import save_file
 
 from pelton.text.byte_alphabet import BYTE_TO_CHAR
 from pelton.weights import hub
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads would wait for their turn beside those of other workers
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 hypothesis.settings.register_profile("pelton", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("pelton")
