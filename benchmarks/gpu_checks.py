@@ -45,14 +45,19 @@ class Check:
 
 @dataclass
 class Found:
-    """What came of it. errors: those that the tool printed; ended: whether it came to its own end."""
+    """What came of it. errors: those that the tool printed; exit_code: None if it was ended."""
 
     passed: int
     failed: int
     skipped: int
     errors: int
-    ended: bool
+    exit_code: int | None
     seconds: float
+
+    @property
+    def is_clean(self) -> bool:
+        """As far as it came."""
+        return self.failed == self.errors == 0 and not self.exit_code
 
 
 STAGES = [
@@ -74,7 +79,8 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=HERE / "results" / "gpu_checks.json", metavar="FILE")
     args = parser.parse_args()
     names = args.only.split(",") if args.only else [check.name for checks in STAGES for check in checks]
-    found = {"machine": machine(), "date": str(datetime.date.today()), "checks": {}}
+    found = {"machine": machine(), "date": str(datetime.date.today())}
+    results: dict[str, Found] = {}
     for checks in STAGES:
         asked = [check for check in checks if check.name in names]
         if any(check.tool for check in asked) and shutil.which(SANITIZER) is None:
@@ -82,10 +88,12 @@ def main() -> None:
         with ThreadPoolExecutor(max(len(asked), 1)) as pool:
             for check, result in zip(asked, pool.map(lambda check: run(check, args.limit), asked), strict=True):
                 print(f"{check.name}: {result}", flush=True)
-                found["checks"][check.name] = asdict(result)
+                results[check.name] = result
+        found["checks"] = {name: asdict(result) for name, result in results.items()}
         args.to.write_text(json.dumps(found, indent=1) + "\n")
-    if any(result["failed"] or result["errors"] for result in found["checks"].values()):
-        sys.exit(1)
+    unclean = [name for name, result in results.items() if not result.is_clean]
+    if unclean:
+        sys.exit(f"not clean: {', '.join(unclean)}")
 
 
 def run(check: Check, limit: float) -> Found:
@@ -104,21 +112,21 @@ def run(check: Check, limit: float) -> Found:
         command, cwd=HERE.parent, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )
-    ended = True
     try:
         out, _ = process.communicate(timeout=limit)
+        exit_code: int | None = process.returncode
     except subprocess.TimeoutExpired:
-        ended = False
         os.killpg(process.pid, signal.SIGKILL)  # the tool's child too
         out, _ = process.communicate()
-    if process.returncode > 1:  # not what tests that fail end with
-        print(f"{check.name} ended with {process.returncode}:", out[-2000:], sep="\n", flush=True)
+        exit_code = None
+    if exit_code not in (0, 1, None):  # 1: tests fail
+        print(f"{check.name} ended with {exit_code}:", out[-2000:], sep="\n", flush=True)
     for line in out.splitlines():
         if "FAILED" in line or line.startswith("E  ") or re.match(ERROR, line):
             print(f"{check.name}: {line}", flush=True)
     cases = [line for line in out.splitlines() if "::" in line]
     counts = [sum(word in line for line in cases) for word in ("PASSED", "FAILED", "SKIPPED")]
-    return Found(*counts, num_errors(out), ended, round(time.perf_counter() - start, 1))
+    return Found(*counts, num_errors(out), exit_code, round(time.perf_counter() - start, 1))
 
 
 def num_errors(out: str) -> int:

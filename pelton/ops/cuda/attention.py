@@ -691,7 +691,7 @@ def _compute_decodes(x: Inputs, new: NewTokens | None) -> None:
     group = num_heads // num_kv_heads
     has_prompts = num_tokens != num_requests
     is_many = head_size <= 128 and (has_prompts or num_requests >= MANY_REQUESTS)
-    tiling = decode_tiling(head_size, group, x.query.dtype, is_many or num_requests == 1)
+    tiling = decode_tiling(head_size, group, x.query.dtype, is_many or num_tokens == 1)
     few_rows = FEW_TOKENS if has_prompts else num_tokens
     max_units = triton.cdiv(x.block_table.shape[1] * x.key.numbers.shape[1], PART)
     most = min(num_tokens, num_requests * few_rows) * num_kv_heads * max_units
