@@ -7,7 +7,8 @@ base 2. There are two kinds:
 Chunks: tiles of many tokens, each walking over all that its tokens see.
 
 Decodes, and requests with few new tokens: tiles of one token. What it sees is cut into parts, which begin at multiples
-of their length, are summed alone and joined in order. A part has PART keys, doubled until MAX_PARTS parts suffice. The
+of their length, are summed alone and joined in order. A part has PART keys; twice as many if there were more than
+MAX_PARTS / 8 parts, as joining many costs more than reading larger ones; and then doubled until MAX_PARTS suffice. The
 parts of all decodes stand in one row, which is divided evenly among a fixed number of programs. Where all parts of a
 token fall to one program, it joins them; else they go through memory, and the last of its programs to come there joins
 them with the same arithmetic. So a token's numbers depend on its own context, never on its company. (Computed in a
@@ -45,7 +46,7 @@ from pelton.ops.cuda.launch import (
 )
 from pelton.ops.cuda.rows import LOG2_E, accepts_rope_and_store, norm_factor, rotate, scale_of, to_cache
 
-PART = 128  # keys
+PART = 64  # keys, a power of two
 MAX_PARTS = 64
 MAX_PROGRAMS = 2  # for each of a GPU's processors
 MANY_REQUESTS = 129  # from so many on there is one more, and in steps with prompts
@@ -68,17 +69,19 @@ class Tiling(NamedTuple):
 
 
 @cache
-def decode_tiling(head_size: int, group: int, dtype: torch.dtype, asks_less: bool = False) -> Tiling:
-    """For a dtype of queries. Bound by memory. asks_less: for more programs, or a lone request's, which have one or two
-    spans each: less is under way. What is computed is the same."""
-    rows, stages = max(16, triton.next_power_of_2(group)), 3 if asks_less else 5
+def decode_tiling(
+    head_size: int, group: int, dtype: torch.dtype, is_many: bool = False, is_lone: bool = False
+) -> Tiling:
+    """For a dtype of queries. Bound by memory. is_many: for more programs; is_lone: for those of one request, with one
+    or two spans each. In both less is under way. What is computed is the same."""
+    rows, stages = max(16, triton.next_power_of_2(group)), 3 if is_many or is_lone else 5
     if dtype == torch.float32:
         return Tiling(rows, 32 if head_size <= 128 else 16, 4 if rows <= 16 else 8, 3)
     if rows > 16:
         return Tiling(rows, 32, 8, 3)
     if head_size > 128:
         return Tiling(rows, 32, 4, stages)
-    return Tiling(rows, 64, 4, stages, max_registers=168)  # room for three programs
+    return Tiling(rows, 64, 4, stages, max_registers=None if is_lone else 168)  # room for three programs
 
 
 @cache
@@ -374,48 +377,53 @@ class Place(NamedTuple):
     g: Any
     first: Any  # key that the token sees
     last: Any
-    keys: Any  # of a part
-    step: Any  # units of a part
-    origin: Any  # part i begins at unit origin + i * step
+    log_keys: Any  # log2 of the keys of a part
+    log_step: Any  # and of its units
+    origin: Any  # part i begins at unit origin + (i << log_step)
     begin: Any  # of the units
     end: Any
 
 
 @triton.jit
-def _part_keys(num_keys, PART: tl.constexpr, MAX_PARTS: tl.constexpr):
-    """How many keys a part has where a token sees num_keys."""
-    keys = num_keys * 0 + PART
-    for _ in tl.static_range(10):
-        keys = tl.where(num_keys > MAX_PARTS * keys, 2 * keys, keys)
-    return keys
+def _log_keys(num_keys, LOG_PART: tl.constexpr, MAX_PARTS: tl.constexpr):
+    """log2 of how many keys a part has where a token sees num_keys."""
+    log_keys = LOG_PART + (num_keys > (MAX_PARTS // 8 << LOG_PART)).to(tl.int32)
+    for i in tl.static_range(1, 11):
+        log_keys += (num_keys > (MAX_PARTS << LOG_PART + i)).to(tl.int32)
+    return log_keys
 
 
 @triton.jit
-def _units_seen(x, num_tokens, context_len, PART: tl.constexpr, MAX_PARTS: tl.constexpr):
-    """The first unit that tokens of a request see, on the border of a part, and how many they see."""
+def _units_seen(x, num_tokens, context_len, LOG_PART: tl.constexpr, MAX_PARTS: tl.constexpr):
+    """The first unit that tokens of a request see, on the border of a part, and how many they see, of whole parts."""
     first = _first_seen(x, context_len - num_tokens)
-    keys = _part_keys(context_len - first, PART, MAX_PARTS)
-    first_unit = first // keys * (keys // PART)
-    return first_unit, tl.cdiv(context_len, PART) - first_unit
+    log_keys = _log_keys(context_len - first, LOG_PART, MAX_PARTS)
+    log_step = log_keys - LOG_PART
+    first_part, last_part = first >> log_keys, (context_len - 1) >> log_keys
+    return first_part << log_step, (last_part + 1 - first_part) << log_step
 
 
 @triton.jit
-def _line_up(x, num_requests, few_rows, PART: tl.constexpr, MAX_PARTS: tl.constexpr, REQUESTS: tl.constexpr):
-    """Where the units of each request with at most few_rows tokens end, [REQUESTS], and a program's share of all."""
+def _line_up(x, num_requests, few_rows, LOG_PART: tl.constexpr, MAX_PARTS: tl.constexpr, REQUESTS: tl.constexpr):
+    """Where the units of each request with at most few_rows tokens end, [REQUESTS], and a program's share of all: whole
+    parts of the first request, as else of two programs on a processor one has a part and the other none."""
     num_tokens, context_len = _load_requests(x, num_requests, REQUESTS)
-    _, units = _units_seen(x, num_tokens, context_len, PART, MAX_PARTS)
+    _, units = _units_seen(x, num_tokens, context_len, LOG_PART, MAX_PARTS)
     has_units = (num_tokens > 0) & (num_tokens <= few_rows)
     ends = tl.cumsum(tl.where(has_units, num_tokens * x.shape.NUM_KV_HEADS * units, 0), 0)
-    return ends, tl.maximum(tl.cdiv(tl.max(ends, 0), tl.num_programs(0)), 1)
+    share = tl.maximum(tl.cdiv(tl.max(ends, 0), tl.num_programs(0)), 1)
+    context_len = tl.load(x.context_lens).to(tl.int32)
+    step = 1 << _log_keys(context_len - _first_seen(x, context_len - 1), LOG_PART, MAX_PARTS) - LOG_PART
+    return ends, (share + step - 1) & -step
 
 
 @triton.jit
-def _find(x, at, ends, PART: tl.constexpr, MAX_PARTS: tl.constexpr):
+def _find(x, at, ends, LOG_PART: tl.constexpr, MAX_PARTS: tl.constexpr):
     """Whose unit `at` is."""
     r, before = _locate(at, ends)
     begin, end = tl.load(x.query_starts + r).to(tl.int32), tl.load(x.query_starts + r + 1).to(tl.int32)
     context_len = tl.load(x.context_lens + r).to(tl.int32)
-    first_unit, units = _units_seen(x, end - begin, context_len, PART, MAX_PARTS)
+    first_unit, units = _units_seen(x, end - begin, context_len, LOG_PART, MAX_PARTS)
     i = (at - before) // units
     token = begin + i // x.shape.NUM_KV_HEADS
     position = context_len - (end - token)
@@ -423,20 +431,26 @@ def _find(x, at, ends, PART: tl.constexpr, MAX_PARTS: tl.constexpr):
     if x.span_ends is not None:
         span_end = tl.load(x.span_ends + token).to(tl.int32)
         last = tl.maximum(position, tl.minimum(span_end, context_len - 1))
-    keys = _part_keys(last + 1 - first, PART, MAX_PARTS)
+    log_keys = _log_keys(last + 1 - first, LOG_PART, MAX_PARTS)
     units_begin = before + i * units
     return Place(
-        r, token, i % x.shape.NUM_KV_HEADS, first, last, keys, keys // PART, units_begin - first_unit, units_begin,
-        units_begin + units,
+        r, token, i % x.shape.NUM_KV_HEADS, first, last, log_keys, log_keys - LOG_PART, units_begin - first_unit,
+        units_begin, units_begin + units,
     )
 
 
 @triton.jit
-def _is_shared(place, share):
-    """Whether a token's parts fall to several programs."""
-    first = place.origin + place.first // place.keys * place.step
-    last = place.origin + place.last // place.keys * place.step
-    return first // share != last // share
+def _part_from(place, unit):
+    """The first part that begins at a unit or behind it."""
+    return (unit - place.origin + (1 << place.log_step) - 1) >> place.log_step
+
+
+@triton.jit
+def _is_shared(place, share_begin, share):
+    """Whether a token's parts, one of which begins in a share, fall to several programs."""
+    first = place.origin + (place.first >> place.log_keys << place.log_step)
+    last = place.origin + (place.last >> place.log_keys << place.log_step)
+    return (first < share_begin) | (last >= share_begin + share)
 
 
 @triton.jit
@@ -460,7 +474,7 @@ class Parts(NamedTuple):
 @triton.jit
 def _part_offsets(x, parts, place, share, part, row):
     """Where the sums of a part lie, for heads [rows] of the group."""
-    slot = part - place.first // place.keys
+    slot = part - (place.first >> place.log_keys)
     return ((place.begin // share) * parts.num_slots + slot) * x.shape.GROUP + row
 
 
@@ -487,7 +501,7 @@ def _load_part(x, parts, offsets, there):
 @triton.jit
 def _join_if_last(x, parts, place, share, num_stored, ROWS: tl.constexpr):
     """Count the parts that this program stored; if they were the last of the token, join all and store its output."""
-    first, last = place.first // place.keys, place.last // place.keys
+    first, last = place.first >> place.log_keys, place.last >> place.log_keys
     counter = parts.arrived + place.begin // share
     tl.debug_barrier()  # all of the program's threads have stored
     if tl.atomic_add(counter, num_stored, sem="acq_rel") + num_stored == last - first + 1:
@@ -562,23 +576,23 @@ def _store_new(x, store, scales, slot, g, rows, here):
 
 @triton.jit(do_not_specialize=["num_requests", "few_rows"])
 def _decode_kernel(
-    x, new, parts, num_requests, few_rows, HAS_NEW: tl.constexpr, PART: tl.constexpr, MAX_PARTS: tl.constexpr,
+    x, new, parts, num_requests, few_rows, HAS_NEW: tl.constexpr, LOG_PART: tl.constexpr, MAX_PARTS: tl.constexpr,
     REQUESTS: tl.constexpr, ROWS: tl.constexpr, JOINED_ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):
     """Each program computes its share of the units. new: NewTokens or None, as HAS_NEW says: Triton cannot compare a
     tuple in which something is None."""
     let_next_begin()
-    ends, share = _line_up(x, num_requests, few_rows, PART, MAX_PARTS, REQUESTS)
-    unit = tl.program_id(0) * share
-    stop = tl.minimum(unit + share, tl.max(ends, 0))
+    ends, share = _line_up(x, num_requests, few_rows, LOG_PART, MAX_PARTS, REQUESTS)
+    share_begin = tl.program_id(0) * share
+    unit, stop = share_begin, tl.minimum(share_begin + share, tl.max(ends, 0))
     row = tl.arange(0, ROWS)
     there = row < x.shape.GROUP
     while unit < stop:
-        place = _find(x, unit, ends, PART, MAX_PARTS)
+        place = _find(x, unit, ends, LOG_PART, MAX_PARTS)
         until = tl.minimum(place.end, stop)
-        begin = tl.maximum(tl.cdiv(unit - place.origin, place.step) * place.keys, place.first // KEYS * KEYS)
-        end = tl.minimum(tl.cdiv(until - place.origin, place.step) * place.keys, place.last + 1)
-        is_shared = _is_shared(place, share)
+        begin = tl.maximum(_part_from(place, unit) << place.log_keys, place.first // KEYS * KEYS)
+        end = tl.minimum(_part_from(place, until) << place.log_keys, place.last + 1)
+        is_shared = _is_shared(place, share_begin, share)
         if HAS_NEW:
             # A lone request's keys are on their way while its query is being computed. Where there are more, requests
             # for their lines cost more than they give.
@@ -596,15 +610,16 @@ def _decode_kernel(
             part = _add_span(
                 x, part, query, place.r, place.g, at, place.first, place.last, place.first, place.last, KEYS, True
             )
-            if ((at + KEYS) % place.keys == 0) | (at + KEYS > place.last):  # the part is complete
+            number = at >> place.log_keys
+            if (at + KEYS >> place.log_keys > number) | (at + KEYS > place.last):  # the part is complete
                 if is_shared:
-                    _store_part(x, parts, part, _part_offsets(x, parts, place, share, at // place.keys, row), there)
+                    _store_part(x, parts, part, _part_offsets(x, parts, place, share, number, row), there)
                 else:
                     joined = _join(joined, part)
                 part = _no_sums(x, ROWS)
         if begin < end:
             if is_shared:
-                num_stored = (end - 1) // place.keys - begin // place.keys + 1
+                num_stored = (end - 1 >> place.log_keys) - (begin >> place.log_keys) + 1
                 _join_if_last(x, parts, place, share, num_stored, JOINED_ROWS)
             else:
                 _store_out(x, joined, place.token, place.g * x.shape.GROUP + row, there)
@@ -691,15 +706,15 @@ def _compute_decodes(x: Inputs, new: NewTokens | None) -> None:
     group = num_heads // num_kv_heads
     has_prompts = num_tokens != num_requests
     is_many = head_size <= 128 and (has_prompts or num_requests >= MANY_REQUESTS)
-    tiling = decode_tiling(head_size, group, x.query.dtype, is_many or num_tokens == 1)
+    tiling = decode_tiling(head_size, group, x.query.dtype, is_many, is_lone=num_tokens == 1)
     few_rows = FEW_TOKENS if has_prompts else num_tokens
     max_units = triton.cdiv(x.block_table.shape[1] * x.key.numbers.shape[1], PART)
     most = min(num_tokens, num_requests * few_rows) * num_kv_heads * max_units
     num_programs = min(most, (MAX_PROGRAMS + is_many) * num_processors(device))
     _decode_kernel[(num_programs,)](
         x, new, _parts(num_programs, min(max_units, MAX_PARTS), group, head_size, device), num_requests, few_rows,
-        new is not None, PART, MAX_PARTS, _room(num_tokens, num_requests), tiling.rows, triton.next_power_of_2(group),
-        min(tiling.keys, PART),
+        new is not None, PART.bit_length() - 1, MAX_PARTS, _room(num_tokens, num_requests), tiling.rows,
+        triton.next_power_of_2(group), min(tiling.keys, PART),
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, maxnreg=tiling.max_registers, **OVERLAP,
     )
 

@@ -26,9 +26,9 @@ NEW, LENS = [20, 1, 0, 3, 1], [90, 70, 5, 45, 1]  # new tokens and context lengt
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """32 keys are a part, until there are 4 of them."""
-    monkeypatch.setattr(attention, "PART", 32)
-    monkeypatch.setattr(attention, "MAX_PARTS", 4)
+    """16 keys are a part, 32 if there were more than 2 of them, and more if there were more than 16."""
+    monkeypatch.setattr(attention, "PART", 16)
+    monkeypatch.setattr(attention, "MAX_PARTS", 16)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
