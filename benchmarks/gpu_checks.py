@@ -30,7 +30,8 @@ HERE = Path(__file__).parent
 KERNELS, RUNNER = "tests/ops/cuda", "tests/runner"
 SANITIZER = "compute-sanitizer"
 CASES = 3  # of each test
-ERROR = r"^========= +(?:Invalid|Error|Race|Program hit)"  # a line of its
+OTHERS = "kns=cudnn"  # kernels of cuDNN's, on which racecheck errs, as where groups of warps meet unequally often
+ERROR = r"========= +(?:Invalid|Error|Warning|Race|Program hit)"  # a line of its, which may begin with a test's name
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Check:
     path: str
     processes: int = 1
     tool: str = ""
+    without: str = ""  # a test of this name
 
 
 @dataclass
@@ -64,10 +66,11 @@ STAGES = [
     [Check("memory", f"{RUNNER}/test_gpu_memory.py")],
     [Check("kernels", KERNELS, 8), Check("engine", f"{RUNNER}/test_gpu.py", 4)],
     [
+        Check("racecheck same_rows", f"{KERNELS}/test_same_rows.py", tool="racecheck", without="all_sizes"),  # minutes
         *(Check(f"memcheck {part}", f"{KERNELS}/test_{part}.py", tool="memcheck")
           for part in ("attention", "few_rows", "gated_rows", "int8", "rows", "same_rows", "sampling")),
         *(Check(f"racecheck {part}", f"{KERNELS}/test_{part}.py", tool="racecheck")
-          for part in ("attention", "few_rows", "same_rows", "sampling")),
+          for part in ("attention", "few_rows", "sampling")),
     ],
 ]  # fmt: skip
 
@@ -103,7 +106,8 @@ def run(check: Check, limit: float) -> Found:
     if check.processes > 1:
         command += ["-n", str(check.processes)]
     if check.tool:
-        command = [SANITIZER, "--tool", check.tool, *pytest, *some_of(collect(check.path))]
+        others = ["--kernel-name-exclude", OTHERS] if check.tool == "racecheck" else []
+        command = [SANITIZER, "--tool", check.tool, *others, *pytest, *some_of(collect(check.path, check.without))]
     start = time.perf_counter()
     environ = os.environ | {"PYTHONUNBUFFERED": "1"}
     if check.tool:
@@ -122,7 +126,7 @@ def run(check: Check, limit: float) -> Found:
     if exit_code not in (0, 1, None):  # 1: tests fail
         print(f"{check.name} ended with {exit_code}:", out[-2000:], sep="\n", flush=True)
     for line in out.splitlines():
-        if "FAILED" in line or line.startswith("E  ") or re.match(ERROR, line):
+        if "FAILED" in line or line.startswith("E  ") or re.search(ERROR, line):
             print(f"{check.name}: {line}", flush=True)
     cases = [line for line in out.splitlines() if "::" in line]
     counts = [sum(word in line for line in cases) for word in ("PASSED", "FAILED", "SKIPPED")]
@@ -132,12 +136,14 @@ def run(check: Check, limit: float) -> Found:
 def num_errors(out: str) -> int:
     """As the tool sums them up, or as many as it had printed when it was ended."""
     sums = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", out)
-    return sum(map(int, sums)) if sums else len(re.findall(ERROR, out, re.MULTILINE))
+    return sum(map(int, sums)) if sums else len(re.findall(ERROR, out))
 
 
-def collect(path: str) -> list[str]:
-    """The cases of a file, as pytest names them."""
+def collect(path: str, without: str) -> list[str]:
+    """The cases of a file, as pytest names them, without a test."""
     command = [sys.executable, "-m", "pytest", "-p", "no:benchmark", "--collect-only", "-q", path]
+    if without:
+        command += ["-k", f"not {without}"]
     done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=True)
     return [line for line in done.stdout.splitlines() if "::" in line]
 

@@ -109,10 +109,11 @@ def replay_when_told(tree: Path, config: Path, max_requests: int, options: dict[
 
 @torch.inference_mode()
 def fill(runner: Any, num_requests: int, context: int) -> None:
-    """Have the step's inputs say that requests have so many tokens, each of them in blocks of its own."""
+    """Have the step's inputs say that requests have so many tokens, each in blocks of its own if there are so many."""
     inputs, size = runner.graph.buffers.device, runner.kv.block_size
     num_blocks = -(-context // size)
-    table = 1 + torch.arange(num_requests * num_blocks, device=runner.device).view(num_requests, num_blocks)
+    some = torch.arange(num_requests * num_blocks, device=runner.device) % (runner.kv.layers[0].key.shape[0] - 1)
+    table = 1 + some.view(num_requests, num_blocks)
     inputs.query_starts[: num_requests + 1] = torch.arange(num_requests + 1, device=runner.device)
     inputs.query_starts[num_requests + 1 :] = num_requests
     inputs.context_lens[:num_requests] = context
