@@ -412,8 +412,8 @@ def _line_up(x, num_requests, few_rows, LOG_PART: tl.constexpr, MAX_PARTS: tl.co
     has_units = (num_tokens > 0) & (num_tokens <= few_rows)
     ends = tl.cumsum(tl.where(has_units, num_tokens * x.shape.NUM_KV_HEADS * units, 0), 0)
     share = tl.maximum(tl.cdiv(tl.max(ends, 0), tl.num_programs(0)), 1)
-    context_len = tl.load(x.context_lens).to(tl.int32)
-    step = 1 << _log_keys(context_len - _first_seen(x, context_len - 1), LOG_PART, MAX_PARTS) - LOG_PART
+    first_len = tl.load(x.context_lens).to(tl.int32)
+    step = 1 << _log_keys(first_len - _first_seen(x, first_len - 1), LOG_PART, MAX_PARTS) - LOG_PART
     return ends, (share + step - 1) & -step
 
 
@@ -443,14 +443,6 @@ def _find(x, at, ends, LOG_PART: tl.constexpr, MAX_PARTS: tl.constexpr):
 def _part_from(place, unit):
     """The first part that begins at a unit or behind it."""
     return (unit - place.origin + (1 << place.log_step) - 1) >> place.log_step
-
-
-@triton.jit
-def _is_shared(place, share_begin, share):
-    """Whether a token's parts, one of which begins in a share, fall to several programs."""
-    first = place.origin + (place.first >> place.log_keys << place.log_step)
-    last = place.origin + (place.last >> place.log_keys << place.log_step)
-    return (first < share_begin) | (last >= share_begin + share)
 
 
 @triton.jit
@@ -583,8 +575,8 @@ def _decode_kernel(
     tuple in which something is None."""
     let_next_begin()
     ends, share = _line_up(x, num_requests, few_rows, LOG_PART, MAX_PARTS, REQUESTS)
-    share_begin = tl.program_id(0) * share
-    unit, stop = share_begin, tl.minimum(share_begin + share, tl.max(ends, 0))
+    unit = tl.program_id(0) * share
+    stop = tl.minimum(unit + share, tl.max(ends, 0))
     row = tl.arange(0, ROWS)
     there = row < x.shape.GROUP
     while unit < stop:
@@ -592,7 +584,7 @@ def _decode_kernel(
         until = tl.minimum(place.end, stop)
         begin = tl.maximum(_part_from(place, unit) << place.log_keys, place.first // KEYS * KEYS)
         end = tl.minimum(_part_from(place, until) << place.log_keys, place.last + 1)
-        is_shared = _is_shared(place, share_begin, share)
+        is_shared = (begin > place.first) | (end <= place.last)  # another program has parts of the token too
         if HAS_NEW:
             # A lone request's keys are on their way while its query is being computed. Where there are more, requests
             # for their lines cost more than they give.

@@ -215,10 +215,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_ro
 
     if (NT > 1) let_next_begin();
     prefetch_next(a);
-#if TEAMS > 1  // racecheck takes what follows for a race unless all teams have met as often
-    for (int i = end - begin; i < (num_chunks + ALL_PARTS - 1) / ALL_PARTS; ++i) wait_for_team<32 * WARPS>(team);
-#endif
-    if (TEAMS > 1) join_teams(sums, (float*)memory, team, thread);
+    if (TEAMS > 1) {
+        // racecheck takes the join for a race unless all teams have met as often
+        for (int i = end - begin; i < (num_chunks + ALL_PARTS - 1) / ALL_PARTS; ++i) wait_for_team<32 * WARPS>(team);
+        join_teams(sums, (float*)memory, team, thread);
+    }
     if (team > 0) return;
     if (SPLIT > 1 && OWN_PARTS == 1) store_part(a, sums, blockIdx.y, thread);
     if (SPLIT > 1 && !is_last_block(a, thread)) return;
