@@ -30,7 +30,8 @@ HERE = Path(__file__).parent
 KERNELS, RUNNER = "tests/ops/cuda", "tests/runner"
 SANITIZER = "compute-sanitizer"
 CASES = 3  # of each test
-OTHERS = "kns=cudnn"  # kernels of cuDNN's, on which racecheck errs, as where groups of warps meet unequally often
+EXCLUDE = "--kernel-name-exclude"
+OTHERS = [EXCLUDE, "kns=cudnn", EXCLUDE, "kns=fmha_cutlass"]  # attention of cuDNN and torch, where racecheck errs
 ERROR = r"========= +(?:Invalid|Error|Warning|Race|Program hit)"  # a line of its, which may begin with a test's name
 
 
@@ -106,7 +107,7 @@ def run(check: Check, limit: float) -> Found:
     if check.processes > 1:
         command += ["-n", str(check.processes)]
     if check.tool:
-        others = ["--kernel-name-exclude", OTHERS] if check.tool == "racecheck" else []
+        others = OTHERS if check.tool == "racecheck" else []
         command = [SANITIZER, "--tool", check.tool, *others, *pytest, *some_of(collect(check.path, check.without))]
     start = time.perf_counter()
     environ = os.environ | {"PYTHONUNBUFFERED": "1"}
