@@ -69,9 +69,9 @@ STAGES = [
     [
         Check("racecheck same_rows", f"{KERNELS}/test_same_rows.py", tool="racecheck", without="all_sizes"),  # minutes
         *(Check(f"memcheck {part}", f"{KERNELS}/test_{part}.py", tool="memcheck")
-          for part in ("attention", "few_rows", "gated_rows", "int8", "rows", "same_rows", "sampling")),
+          for part in ("attention", "few_rows", "gated_rows", "int8", "many_rows", "rows", "same_rows", "sampling")),
         *(Check(f"racecheck {part}", f"{KERNELS}/test_{part}.py", tool="racecheck")
-          for part in ("attention", "few_rows", "sampling")),
+          for part in ("attention", "few_rows", "many_rows", "sampling")),
     ],
 ]  # fmt: skip
 

@@ -5,7 +5,7 @@
 
 Prints for each layout and number of rows: ms a step, the bytes of weights over that time, and their share of what the
 card reads; for bf16 also torch's own product, for w8a8 with more than 16 rows torch's product of integers, without
-scales, and for tiles the kernel whose rows do not depend on their company. More than 64 rows are only for w8a8.
+scales, and for tiles the kernel whose rows do not depend on their company. More than 64 rows are not for bf16.
 
 With --deterministic, for each weight in bf16: the product whose rows do not depend on their company beside torch's, and
 whether the first row has the same bits for all numbers of rows. --tune times it with other tiles and cuts too.
@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from pelton.ops.cuda import few_rows, same_rows
-from pelton.ops.tiles import Tiles
 from pelton.quant.codes import Codes
-from pelton.quant.gpu import Int8
+from pelton.quant.gpu import Int8, Tiled
 from pelton.quant.tiled import make_tiles
 
-Weight = Tensor | Tiles | Int8
+Weight = Tensor | Tiled | Int8
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 
@@ -64,15 +63,19 @@ def w8a8(shape: tuple[int, int]) -> Int8:
     return Int8(numbers, torch.rand(shape[0], device="cuda") * 0.01, torch.bfloat16)
 
 
+def tiled(parts: Codes) -> Tiled:
+    return Tiled(make_tiles(parts), torch.bfloat16)
+
+
 LAYOUTS: dict[str, Callable[[tuple[int, int]], Weight]] = {
     "bf16": lambda shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02,
-    "int4": lambda shape: make_tiles(codes(shape, 4, 128, zero=8)),
-    "int4z": lambda shape: make_tiles(with_zeros(shape)),
-    "nf4": lambda shape: make_tiles(codes(shape, 4, 64, values=tuple(i / 8 - 1 for i in range(16)))),
-    "q4_k": lambda shape: make_tiles(q4_k(shape)),
-    "q6_k": lambda shape: make_tiles(codes(shape, 6, 16, zero=32)),
-    "int8": lambda shape: make_tiles(codes(shape, 8, shape[1], zero=128)),
-    "fp8": lambda shape: make_tiles(float8(shape)),
+    "int4": lambda shape: tiled(codes(shape, 4, 128, zero=8)),
+    "int4z": lambda shape: tiled(with_zeros(shape)),
+    "nf4": lambda shape: tiled(codes(shape, 4, 64, values=tuple(i / 8 - 1 for i in range(16)))),
+    "q4_k": lambda shape: tiled(q4_k(shape)),
+    "q6_k": lambda shape: tiled(codes(shape, 6, 16, zero=32)),
+    "int8": lambda shape: tiled(codes(shape, 8, shape[1], zero=128)),
+    "fp8": lambda shape: tiled(float8(shape)),
     "w8a8": w8a8,
 }
 
@@ -83,7 +86,8 @@ def num_bytes(weight: Weight) -> int:
     elif isinstance(weight, Int8):
         tensors = [weight.weight, weight.scales]
     else:
-        tensors = [weight.codes, weight.more, weight.scales, weight.supers]
+        tiles = weight.tiles
+        tensors = [tiles.codes, tiles.more, tiles.scales, tiles.supers]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -142,10 +146,12 @@ def report(name: str, num_rows: int, layers: Sequence[Sequence[Weight]], size: i
         for layer in layers:
             for weight in layer:
                 x, out = inputs[weight.shape[1]], outputs[weight.shape[0]]
-                if isinstance(weight, Int8):
-                    weight.write(x, out, None, accumulate=False)
+                if isinstance(weight, Tensor):
+                    few_rows.multiply(x, weight, out)
+                elif same:
+                    same_rows.multiply(x, weight.tiles, out)
                 else:
-                    few_rows.multiply(x, weight, out, same=same)
+                    weight.write(x, out, None, accumulate=False)
 
     def torchs() -> None:
         for layer in layers:

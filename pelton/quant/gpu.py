@@ -1,6 +1,7 @@
-"""Weights on a GPU: numbers, or codes in tiles. Few rows are multiplied at the speed of reading the weight; for many,
-codes are opened into numbers, which cost little beside the product. Deterministic weights are multiplied in one order
-of sums, whatever the number of rows: a row's result does not depend on the others.
+"""Weights on a GPU: numbers, or codes in tiles. Few rows are multiplied at the speed of reading the weight. For more,
+on Hopper, codes are opened where they are multiplied; for many they are opened into numbers, which costs little beside
+the product. Deterministic weights are multiplied in one order of sums, whatever the number of rows: a row's result does
+not depend on the others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 from pelton import ops
-from pelton.ops.cuda import blas, few_rows, gated_rows, int8, rows, same_rows
+from pelton.ops.cuda import blas, few_rows, gated_rows, int8, many_rows, rows, same_rows
+from pelton.ops.cuda.program import is_compiling
+from pelton.ops.cuda.tiles import HALVES, open_tiles
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 from pelton.quant import CODED
 from pelton.quant.codes import Codes
@@ -56,17 +59,19 @@ class Whole(OnGPU):
     def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
         if _noted() is not None:
             return None
+        weight, out = self.operand, x.new_empty(x.shape[0], self.shape[0] // 2)
         some = x[:1] if self.deterministic else x  # any number of rows is multiplied, a few at a time
-        is_for_few = self._is_for_few(x) and few_rows.accepts_gated(some, self.operand)
-        is_for_many = not self.deterministic and gated_rows.accepts(x, self.operand)
-        if not is_for_few and not is_for_many:
-            return None
-        out = x.new_empty(x.shape[0], self.shape[0] // 2)
-        if is_for_few:
+        if isinstance(weight, Tiles) and not self.deterministic and many_rows.accepts(x, weight, out, gate):
+            many_rows.multiply(x, weight, out, bias, gate=gate)
+            if not is_compiling():
+                return out
+        if self._is_for_few(x) and few_rows.accepts_gated(some, weight):
             multiply = same_rows.multiply if self.deterministic else few_rows.multiply
-            multiply(x, self.operand, out, bias, gate=gate, then=self.then)
-        else:
+            multiply(x, weight, out, bias, gate=gate, then=self.then)
+        elif not self.deterministic and gated_rows.accepts(x, weight):
             gated_rows.multiply(x, self._numbers(x.dtype), out, bias, gate)
+        else:
+            return None
         return out
 
     def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
@@ -76,6 +81,10 @@ class Whole(OnGPU):
         if self.deterministic:
             same_rows.multiply(x, weight, out, bias, accumulate, then=self.then)
             return
+        if isinstance(weight, Tiles) and many_rows.accepts(x, weight, out):
+            many_rows.multiply(x, weight, out, bias, accumulate)
+            if not is_compiling():  # else for even more rows too
+                return
         if self._is_for_few(x) and few_rows.accepts(x, weight):
             few_rows.multiply(x, weight, out, bias, accumulate, then=self.then)
             return
@@ -84,7 +93,7 @@ class Whole(OnGPU):
             _multiply(x, numbers, out, bias, accumulate)
 
     def _numbers(self, dtype: torch.dtype) -> Tensor:
-        return few_rows.open_tiles(self.operand, dtype) if isinstance(self.operand, Tiles) else self.operand
+        return open_tiles(self.operand, dtype) if isinstance(self.operand, Tiles) else self.operand
 
     def _is_for_few(self, x: Tensor) -> bool:
         """Whether x has so few rows that torch is not as fast."""
@@ -153,10 +162,10 @@ class Tiled(Whole):
         self.dtype = dtype
 
     def dequantize(self) -> Tensor:
-        return few_rows.open_tiles(self.tiles, self.dtype)
+        return open_tiles(self.tiles, self.dtype)
 
     def rows(self, ids: Tensor, scale: float = 1.0) -> Tensor:
-        return few_rows.open_tiles(self.tiles, self.dtype, ids, scale)
+        return open_tiles(self.tiles, self.dtype, ids, scale)
 
 
 class Int8(OnGPU):
@@ -234,7 +243,7 @@ def _join(parts: Sequence[LinearWeight], dtype: torch.dtype, deterministic: bool
         return [Int8((first.codes - 128).view(torch.int8).contiguous(), first.scales.flatten(), dtype)]
     if len(parts) > 1 and any(part.shape[0] % ROWS for part in parts[:-1]):
         return [joined for part in parts for joined in _join([part], dtype, deterministic)]
-    if not (isinstance(first, Dense) or first.shape[1] % COLUMNS or dtype not in few_rows.HALVES):
+    if not (isinstance(first, Dense) or first.shape[1] % COLUMNS or dtype not in HALVES):
         codes = _concatenate([_codes(part) for part in parts])
         if group_size(codes) is not None:
             return [Tiled(make_tiles(codes), dtype, deterministic)]

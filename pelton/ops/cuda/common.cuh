@@ -16,6 +16,7 @@ __device__ __forceinline__ float to_float(u16 h) {
     return __uint_as_float(u32(h) << 16);
 #endif
 }
+__device__ __forceinline__ float2 to_floats(u32 pair) { return make_float2(to_float(u16(pair)), to_float(u16(pair >> 16))); }
 // Two floats as a pair of that type.
 __device__ __forceinline__ u32 to_pair(float low, float high) {
     u32 r;

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from typing import ClassVar
 
 from pelton.ops.tiles import COLUMNS, ROWS
@@ -16,6 +17,8 @@ MMA_ROWS = 8  # of x that one mma multiplies with: the most of dense_rows.cu
 MAX_SHARING = 4  # blocks for each multiprocessor, of those that share columns with others; so many are counted
 TABLE_BYTES = 10 << 10  # of a block's shared memory: what is not counted, and more_rows.cu's table of values
 RESERVED_BYTES = 2 << 10  # of a block's shared memory: what is not counted
+MANY_OUTS = 128  # rows of a weight that a block of many_rows.cu has
+MANY_ROW_TILES, MANY_SPLITS = (8, 16, 32), (1, 2, 4)  # what it is compiled for: rows of x / 8, and blocks that share
 
 
 def num_sums(processors: int) -> int:
@@ -134,6 +137,33 @@ class Dense(Cut):
     def shared_bytes(self, piece_bytes: int) -> int:
         x_and_sums = 2 * self.num_in + self.WARPS * (16 + 2 * ROWS * 4)
         return self.WARPS * self.STAGES * ROWS * (2 * self.CHUNK + 16) + self.num_rows * x_and_sums
+
+
+@dataclass(frozen=True)
+class Many(Cut):
+    """How many_rows.cu cuts the work: rows of x of a block / 8, blocks that share columns, and how many chunks of x are
+    on their way; bytes from one pair to the next in its table of values, for codes that are looked up. Beside that,
+    rows of x: they are given at launch."""
+
+    NT: int
+    SPLIT: int
+    STAGES: int
+    ENTRY: int
+    num_rows: int
+
+    kernel = "many_rows"
+
+    @property
+    def num_threads(self) -> int:
+        return 384
+
+    def grid(self, num_out: int) -> tuple[int, int]:
+        pairs = -(-num_out // (2 * MANY_OUTS)) * -(-self.num_rows // (8 * self.NT))
+        return 2 * pairs, self.SPLIT
+
+    def shared_bytes(self, piece_bytes: int) -> int:
+        rows = 8 * self.NT
+        return max(self.STAGES * rows * 4 * COLUMNS, rows * 4 * (MANY_OUTS + 4))  # of x, then sums
 
 
 def is_few(num_rows: int, num_out: int, num_in: int, processors: int, same: bool) -> bool:
@@ -317,3 +347,36 @@ def dense_in_parts(
         if num_rows <= min(most_rows, MMA_ROWS) and cut.shared_bytes(0) + RESERVED_BYTES <= shared_memory:
             return cut
     return None
+
+
+@cache
+def all_many(num_in: int, has_values: bool, shared_memory: int, num_rows: int = 0) -> list[Many]:
+    """How many_rows.cu may cut the work: with as much of x on its way as there is room for."""
+    found = []
+    for nt, split in product(MANY_ROW_TILES, MANY_SPLITS):
+        if split == 1 or num_in >= 8 * COLUMNS * split:
+            entry = 64 if has_values else 0
+            room = shared_memory - RESERVED_BYTES - 256 * entry
+            found.append(Many(nt, split, min(8, room // (8 * nt * 4 * COLUMNS)), entry or 4, num_rows))
+    return found
+
+
+@cache
+def many(
+    num_rows: int, num_out: int, num_in: int, has_values: bool, processors: int, shared_memory: int
+) -> Many:
+    """What takes the fullest processor the fewest cycles, as measured on an H200: to open codes and to multiply, to
+    begin and to store, and to join parts of sums."""
+
+    def cost(cut: Many) -> int:
+        blocks, split = cut.grid(num_out)
+        rounds, chunks = -(-blocks * split // processors), -(-num_in // (2 * COLUMNS * split))
+        joins = 2000 + 150 * split * cut.NT if split > 1 else 0
+        return rounds * (chunks * (650 + 60 * cut.NT) + 4000 + 80 * cut.NT + joins)
+
+    def fits(cut: Many) -> bool:
+        """Whether there are counters, and there is room for sums."""
+        blocks, split = cut.grid(num_out)
+        return split == 1 or blocks * split <= 2 * processors
+
+    return min(filter(fits, all_many(num_in, has_values, shared_memory, num_rows)), key=cost)

@@ -8,30 +8,13 @@
 // Defined when compiled, beside what tiles.cuh names: WARPS, PARTS (warps of a team, which share the columns), CHUNK (a
 // multiple of 64), STAGES, CHAINS (of products, so that none waits for the one before).
 #include "tiles.cuh"
+#include "bulk.cuh"
 
 constexpr int MT = GATE ? 2 : 1, THREADS = 32 * WARPS, TEAMS = WARPS / PARTS;
 static_assert(WARPS % PARTS == 0 && (PARTS > 1 || !GATE));
 // Rows lie in shared memory with 16 bytes between them, so that eight of them are in different banks.
 constexpr int LINE = 2 * CHUNK + 16, STAGE_BYTES = 16 * LINE;
 
-// A barrier in shared memory, which opens when all bytes that it expects have come.
-__device__ __forceinline__ void set_up(u32 barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void wait_for(u32 barrier, u32 phase) {
-    asm volatile("{.reg .pred p;\nagain: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;}" ::"r"(barrier),
-                 "r"(phase)
-                 : "memory");
-    __syncwarp();
-}
-__device__ __forceinline__ void copy(u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-                 "r"(bytes), "r"(barrier)
-                 : "memory");
-}
 __device__ __forceinline__ void load_matrices(u32 (&to)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row) : "memory");
@@ -95,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_rows(const __grid
     Sum* shared = (Sum*)((u8*)memory + WARPS * STAGES * STAGE_BYTES + a.M * (2 * a.K + 16 * WARPS));
     if (lane == 0) {
         for (int i = 0; i <= STAGES; ++i) set_up(barrier + 8 * i);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        close_set_up();
     }
     if (TEAMS == 1)
         __syncwarp();

@@ -3,9 +3,7 @@ more_rows.cu)."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,24 +11,11 @@ from torch import Tensor
 from pelton.ops.cuda import cuts
 from pelton.ops.cuda.cuts import MAX_ROWS, MMA_ROWS, Cut
 from pelton.ops.cuda.launch import counters, has_tma, has_wgmma, num_processors, shared_memory
-from pelton.ops.cuda.program import Function, load
+from pelton.ops.cuda.tiles import HALVES, Args, function, has_values, layout, piece_bytes, pointers, scratch
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
 MAX_INT8_ROWS = 16
 PREFETCHED = 4 << 20  # bytes of the next weight, as many as memory gives in a pause
-GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
-HALVES = (torch.bfloat16, torch.float16)
-
-
-class _Args(ctypes.Structure):
-    """As in tiles.cuh."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "out", "x", "codes", "more", "scales", "supers", "values", "bias", "partial", "arrived", "ids", "next")),
-        *((name, ctypes.c_int) for name in ("M", "N", "K", "out_stride", "x_stride", "accumulate", "next_bytes")),
-        ("factor", ctypes.c_float), ("x_scales", ctypes.c_void_p),
-    ]
 
 
 def accepts(x: Tensor, weight: Tensor | Tiles) -> bool:
@@ -56,8 +41,8 @@ def multiply(
     cut = _cut(x, weight, bool(gate), same) if parts is None else _cut_in_parts(x, weight, parts)
     if cut is None:
         raise ValueError(f"no kernel multiplies {x.shape[0]} rows by {list(weight.shape)} in {parts} parts")
-    defines = {**_layout(weight), "HALF": int(x.dtype == torch.float16), "GATE": GATES[gate]}
-    args = _pointers(weight)
+    defines = layout(weight, x.dtype, gate)
+    args = pointers(weight)
     if then is not None:
         codes = then if isinstance(then, Tensor) else then.codes
         args.next, args.next_bytes = codes.data_ptr(), min(codes.nbytes, PREFETCHED)
@@ -74,16 +59,16 @@ def _cut(x: Tensor, weight: Tensor | Tiles, is_gated: bool, same: bool) -> Cut:
         return dense
     if cuts.is_few(num_rows, num_out, num_in, processors, same):
         cut = cuts.few(*given, is_dense, processors, same)
-        return cuts.with_table(cut, num_out, processors, memory) if _has_values(weight) else cut
-    piece_bytes, has_min = _piece_bytes(weight), isinstance(weight, Tiles) and weight.has_min
+        return cuts.with_table(cut, num_out, processors, memory) if has_values(weight) else cut
+    num_bytes, has_min = piece_bytes(weight), isinstance(weight, Tiles) and weight.has_min
     parts = cuts.same_parts(num_out, num_in, processors) if same else None
     if parts is not None and num_rows <= MMA_ROWS:
-        more = cuts.same_of_few(num_out, piece_bytes, _has_values(weight), parts, processors, memory)
+        more = cuts.same_of_few(num_out, num_bytes, has_values(weight), parts, processors, memory)
     elif has_wgmma(x.device):
-        more = cuts.more_on_hopper(*given, piece_bytes, has_min, processors, memory, parts)
+        more = cuts.more_on_hopper(*given, num_bytes, has_min, processors, memory, parts)
     else:
-        more = cuts.more(*given, piece_bytes, processors, memory, parts)
-    return cuts.with_more_table(more, piece_bytes, memory) if _has_values(weight) else more
+        more = cuts.more(*given, num_bytes, processors, memory, parts)
+    return cuts.with_more_table(more, num_bytes, memory) if has_values(weight) else more
 
 
 def _cut_dense(x: Tensor, weight: Tensor | Tiles) -> Cut | None:
@@ -118,84 +103,26 @@ def multiply_int8(
     """
     x, weight = x.view(torch.int16), weight.view(torch.int16)  # pairs lie where the kernel has numbers
     cut = _cut_dense(x, weight) or cuts.few(x.shape[0], *weight.shape, False, True, num_processors(x.device))
-    defines = {**_layout(weight), "INT8": 1, "HALF": int(out.dtype == torch.float16), "GATE": 0}
-    args = _pointers(weight)
+    defines = {**layout(weight, out.dtype), "INT8": 1}
+    args = pointers(weight)
     args.scales, args.x_scales = scales.data_ptr(), x_scales.data_ptr()
     _launch(x, weight, out, bias, accumulate, cut, defines, args)
 
 
 def _launch(
     x: Tensor, weight: Tensor | Tiles, out: Tensor, bias: Tensor | None, accumulate: bool, cut: Cut,
-    layout: Mapping[str, int], args: _Args,
+    compiled_in: Mapping[str, int], args: Args,
 ) -> None:
     """`args`: those of the weight, and all bytes that are to be brought into the cache."""
     if x.shape[0] == 0:
         return  # kernels read the last row in place of rows that are not there
     num_out, num_in = weight.shape
-    defines = {**layout, "OUT32": int(out.dtype == torch.float32), **cut.defines}
+    defines = {**compiled_in, "OUT32": int(out.dtype == torch.float32), **cut.defines}
     args.out, args.x, args.bias = out.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr()
-    args.partial, args.arrived = _scratch(x.device).data_ptr(), counters(x.device).data_ptr()
+    args.partial, args.arrived = scratch(x.device).data_ptr(), counters(x.device).data_ptr()
     args.M, args.N, args.K = x.shape[0], num_out, num_in
     args.out_stride, args.x_stride, args.accumulate = out.stride(0), x.stride(0), int(accumulate)
     grid = cut.grid(num_out)
     args.next_bytes = args.next_bytes // (grid[0] * grid[1]) // 16 * 16
-    function = _function(cut.kernel, tuple(sorted(defines.items())), x.device)
-    function.launch(grid, cut.num_threads, args, cut.shared_bytes(_piece_bytes(weight)))
-
-
-def open_tiles(tiles: Tiles, dtype: torch.dtype, ids: Tensor | None = None, factor: float = 1.0) -> Tensor:
-    """The weights [N, K], or rows `ids` int64 [T] of them, times a factor, in a half precision."""
-    num_out, num_in = tiles.shape
-    device = tiles.codes.device
-    out = torch.empty(num_out if ids is None else len(ids), num_in, dtype=dtype, device=device)
-    args = _pointers(tiles)
-    args.out, args.N, args.K, args.out_stride = out.data_ptr(), num_out, num_in, num_in
-    args.ids, args.factor = None if ids is None else ids.data_ptr(), factor
-    defines = {**_layout(tiles), "HALF": int(dtype == torch.float16), "OUT32": 0, "GATE": 0}
-    grid = -(-num_out // ROWS) if ids is None else len(ids), -(-num_in // (8 * COLUMNS))
-    _function("open_codes", tuple(sorted(defines.items())), device).launch(grid, 256, args)
-    return out
-
-
-def _piece_bytes(weight: Tensor | Tiles) -> int:
-    """What a lane needs of 16 rows and 64 columns: PIECE_BYTES of tiles.cuh."""
-    if isinstance(weight, Tensor):
-        return 64
-    per_group = 1 + weight.has_min
-    supers = 4 * per_group if weight.scale_bits == 8 else 0
-    return weight.bits * 4 + 2 * max(1, COLUMNS // weight.group) * per_group * weight.scale_bits // 8 + supers
-
-
-def _has_values(weight: Tensor | Tiles) -> bool:
-    return isinstance(weight, Tiles) and weight.values.numel() > 0
-
-
-def _layout(weight: Tensor | Tiles) -> Mapping[str, int]:
-    if isinstance(weight, Tensor):
-        return {"NUMBERS": 1, "BITS": 16, "GROUP": 64, "SCALE": 16, "MIN": 0, "ZEROS": 0, "ZERO": 0, "LOOKUP": 0,
-                "FLOAT8": 0, "INT8": 0}
-    return {
-        "NUMBERS": 0, "BITS": weight.bits, "GROUP": weight.group, "SCALE": weight.scale_bits,
-        "MIN": int(weight.has_min), "ZEROS": int(weight.has_zeros), "ZERO": weight.zero,
-        "LOOKUP": int(_has_values(weight)), "FLOAT8": int(weight.float8), "INT8": 0,
-    }
-
-
-def _pointers(weight: Tensor | Tiles) -> _Args:
-    args = _Args()
-    if isinstance(weight, Tensor):
-        args.codes = weight.data_ptr()
-    else:
-        for name in ("codes", "more", "scales", "supers", "values"):
-            setattr(args, name, getattr(weight, name).data_ptr())
-    return args
-
-
-@cache
-def _function(name: str, defines: tuple[tuple[str, int], ...], device: torch.device) -> Function:
-    return load(f"{name}.cu", name, dict(defines), device)
-
-
-@cache
-def _scratch(device: torch.device) -> Tensor:
-    return torch.empty(cuts.num_sums(num_processors(device)), device=device)
+    kernel = function(cut.kernel, defines, x.device)
+    kernel.launch(grid, cut.num_threads, args, cut.shared_bytes(piece_bytes(weight)))

@@ -9,10 +9,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pelton.ops.cuda.cuts import MAX_ROWS
-from pelton.ops.cuda.few_rows import HALVES
 from pelton.ops.cuda.launch import OVERLAPS, has_wgmma, num_processors, place_in_band
 from pelton.ops.cuda.program import is_compiling
 from pelton.ops.cuda.rows import LOG2_E, turn_of
+from pelton.ops.cuda.tiles import HALVES
 from pelton.ops.tiles import Tiles
 
 ROWS, OUTS, COLUMNS = 128, 128, 64  # of a tile: of x, of each half of the weight, and what is multiplied at a time

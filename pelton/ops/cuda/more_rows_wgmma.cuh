@@ -1,12 +1,5 @@
-// more_rows.cu where four warps multiply together, by wgmma.m64nNk16: how x comes to shared memory, and a chunk's product.
-// A warp's rows of w are in its registers, as mma.m16n8k16 wants them. x is read from shared memory, where it lies in
-// matrices of 8 rows and 8 columns, 128 bytes each: [two of each mma][NT].
-
-// Where mma 0 finds x: an address, the distance of matrices beside each other, and of those one below the other.
-__device__ __forceinline__ u64 describe_x(const u16* x) {
-    return u64(shared_address(x) >> 4) | u64(NT * 128 >> 4) << 16 | u64(128 >> 4) << 32;
-}
-#define NEXT_X (2 * NT * 128 >> 4)  // from one mma's to the next one's
+// more_rows.cu where four warps multiply together: how x comes to shared memory, and a chunk's product.
+#include "wgmma.cuh"
 
 // Two chunks of x in shared memory. Each warp brings pieces of 8 rows and 32 columns, a lane what are its columns: a pair
 // of numbers for each of four matrices. They pass through registers, a chunk ahead.
@@ -70,42 +63,6 @@ struct Inputs {
     }
     __device__ __forceinline__ u16* of(int chunk, int) const { return memory + chunk % 2 * ROWS * CHUNK; }
 };
-
-#define SUMS_8(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
-#define BEGIN_WGMMA(n, adds, sums, inputs)                                                                              \
-    "{.reg .pred p; setp.ne.b32 p," adds ",0;wgmma.mma_async.sync.aligned.m64n" n "k16.f32." MMA_TYPE "." MMA_TYPE \
-    "{" sums "}," inputs ",p,1,1,0;}"
-#define WGMMA_INPUTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(int(adds))
-
-// c (+)= rows of w times x, begun; c is as in four products of mma.m16n8k16 for each 32 rows of x.
-__device__ __forceinline__ void begin_wgmma(float (&c)[4 * NT], const u32 (&a)[4], u64 x, bool adds) {
-#if NT == 1
-    asm volatile(BEGIN_WGMMA("8", "%9", "%0,%1,%2,%3", "{%4,%5,%6,%7},%8")
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : WGMMA_INPUTS);
-#elif NT == 2
-    asm volatile(BEGIN_WGMMA("16", "%13", "%0,%1,%2,%3,%4,%5,%6,%7", "{%8,%9,%10,%11},%12")
-                 : SUMS_8(c, 0) : WGMMA_INPUTS);
-#elif NT == 4
-    asm volatile(BEGIN_WGMMA("32", "%21", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "{%16,%17,%18,%19},%20")
-                 : SUMS_8(c, 0), SUMS_8(c, 8) : WGMMA_INPUTS);
-#else
-    asm volatile(BEGIN_WGMMA("64", "%37", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,"
-                       "%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31", "{%32,%33,%34,%35},%36")
-                 : SUMS_8(c, 0), SUMS_8(c, 8), SUMS_8(c, 16), SUMS_8(c, 24) : WGMMA_INPUTS);
-#endif
-}
-__device__ __forceinline__ void close_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int pending>
-__device__ __forceinline__ void wait_for_wgmma() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-}
-// What was written to registers is there for products that follow.
-__device__ __forceinline__ void show_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// Nothing that the compiler knows of c is true any more.
-__device__ __forceinline__ void changed(float (&c)[4 * NT]) {
-#pragma unroll
-    for (int i = 0; i < 4 * NT; ++i) asm volatile("" : "+f"(c[i])::"memory");
-}
 
 // Multiply a chunk with the tiles of a warp: 64 columns at most for each tile, while the next are being opened.
 __device__ __forceinline__ void multiply(Sums& sums, const u16* x, const u8 (&own_w)[2][MT][32 * PIECE_BYTES],

@@ -11,27 +11,30 @@ extern "C" __global__ void __launch_bounds__(256) open_codes(const __grid_consta
     if (warp >= num_blocks) return;
     Piece p;
     load(p, place_of(a, tile, lane), warp);
-    for (int s = 0; s < 4; ++s)
-        for (int r = 0; r < 2; ++r) {
-            const int n = 16 * tile + g + 8 * r, k = 64 * warp + FOUR_COLUMNS(s, t), group = s / (4 / GROUPS);
-            if (n >= a.N || (a.ids && n != id)) continue;
-            const float d = a.factor * scale_of(p, r, group, 0);
-            u32 pairs[2];
-            for (int half = 0; half < 2; ++half) {
-                const int j = r + 2 * half;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int n = 16 * tile + g + 8 * r;
+        if (n >= a.N || (a.ids && n != id)) continue;
+        u16* to = (u16*)a.out + u64(a.ids ? blockIdx.x : n) * a.out_stride + 64 * warp;
+#pragma unroll
+        for (int s = 0; s < 4; s += 2) {  // two mma have eight columns that lie together, unless each has a group of its own
+            u32 pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int of = s + i / 2, j = r + 2 * (i % 2);
 #if LOOKUP
-                const u32 u = word(p.codes[0], s) >> (8 * j);
-                float low = d * a.values[u & 15], high = d * a.values[u >> 4 & 15];
+                const u32 u = word(p.codes[0], of) >> (8 * j);
+                pairs[i] = opened(p, of, j, make_float2(a.values[u & 15], a.values[u >> 4 & 15]), a.factor);
 #else
-                const u32 q = code_pair(p, s, j);
-                float low = d * (to_float(u16(q)) - OFFSET), high = d * (to_float(u16(q >> 16)) - OFFSET);
+                pairs[i] = opened(p, of, j, to_floats(code_pair(p, of, j)), a.factor);
 #endif
-#if MIN
-                const float m = a.factor * scale_of(p, r, group, 1);
-                low -= m, high -= m;
-#endif
-                pairs[half] = to_pair(low, high);
             }
-            *(uint2*)((u16*)a.out + u64(a.ids ? blockIdx.x : n) * a.out_stride + k) = make_uint2(pairs[0], pairs[1]);
+            if (GROUP != 16) {
+                *(uint4*)(to + FOUR_COLUMNS(s, t)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+            } else {
+                *(uint2*)(to + FOUR_COLUMNS(s, t)) = make_uint2(pairs[0], pairs[1]);
+                *(uint2*)(to + FOUR_COLUMNS(s + 1, t)) = make_uint2(pairs[2], pairs[3]);
+            }
         }
+    }
 }

@@ -273,6 +273,16 @@ __device__ __forceinline__ float scale_of(const Scales& p, int r, int group, int
 }
 #endif
 
+#if !NUMBERS
+// Pair j of mma s as numbers of w itself, times a factor, in x's type. pair: BASE + u, or values that were looked up.
+__device__ __forceinline__ u32 opened(const Piece& p, int s, int j, float2 pair, float factor = 1.0f) {
+    const int group = s / (4 / GROUPS), r = j % 2;
+    const float d = scale_of(p, r, group, 0, factor);
+    const float minimum = MIN ? scale_of(p, r, group, MIN, factor) : 0.0f, more = -float(OFFSET) * d - minimum;
+    return to_pair(fmaf(d, pair.x, more), fmaf(d, pair.y, more));
+}
+#endif
+
 #if LOOKUP
 // The pairs of values for each byte, a pair of codes, ENTRY bytes from one to the next. There are COPIES of each, so
 // that lanes read different banks.
@@ -339,13 +349,17 @@ __device__ __forceinline__ void store(const Args& a, int m, int n, Sum sum) {
 }
 
 #if GATE
-// gate(..) up, from sums of which the bias is missing.
+// gate(..) up, of sums with their bias.
+__device__ __forceinline__ float gated(float gate, float up) {
+    gate = to_float(u16(to_pair(gate, 0.0f))), up = to_float(u16(to_pair(up, 0.0f)));  // as if they had been written
+    const float turn = GATE == 2 ? 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate) : gate;
+    return gate / (1.0f + __expf(-turn)) * up;
+}
+// The same, to the output, of sums without.
 __device__ __forceinline__ void store_gated(const Args& a, int m, int n, float gate, float up) {
     if (m >= a.M || n >= a.N / 2) return;
     if (a.bias) gate += to_float(a.bias[n]), up += to_float(a.bias[a.N / 2 + n]);
-    gate = to_float(u16(to_pair(gate, 0.0f))), up = to_float(u16(to_pair(up, 0.0f)));  // as if they had been written
-    const float turn = GATE == 2 ? 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate) : gate;
-    ((u16*)a.out)[u64(m) * a.out_stride + n] = u16(to_pair(gate / (1.0f + __expf(-turn)) * up, 0.0f));
+    ((u16*)a.out)[u64(m) * a.out_stride + n] = u16(to_pair(gated(gate, up), 0.0f));
 }
 #endif
 

@@ -117,6 +117,32 @@ def test_dense_rows_fit_in_parts(parts: int) -> None:
             assert parts == 1 or 16 * num_rows <= 32 * parts  # a thread for each number of a team's tile
 
 
+@pytest.mark.parametrize("has_values", [False, True])
+def test_many_rows_fit(has_values: bool) -> None:
+    """Memory, and what blocks that share columns leave there and count."""
+    processors, memory = HOPPER
+    for num_out, num_in in SHAPES:
+        for num_rows in (1, 33, 64, 65, 128, 200, 256, 300, 512):
+            cut = cuts.many(num_rows, num_out, num_in, has_values, processors, memory)
+            blocks, split = cut.grid(num_out)
+            assert cut.STAGES >= 2 and cut.shared_bytes(20) + 256 * cut.ENTRY * has_values + STATIC <= memory
+            assert blocks % 2 == 0 and blocks * cuts.MANY_OUTS * 8 * cut.NT >= num_out * num_rows
+            if split > 1:
+                assert blocks <= 4 * processors and num_in // (128 * split) >= 4
+                assert blocks * split * cuts.MANY_OUTS * 8 * cut.NT <= cuts.num_sums(processors)
+
+
+def test_many_rows_leave_few_processors_idle() -> None:
+    """Of Llama-8B, on an H200."""
+    shapes = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+    found = {rows: [cuts.many(rows, *shape, False, *HOPPER) for shape in shapes] for rows in (64, 128, 256)}
+    assert {rows: [(cut.NT, cut.SPLIT) for cut in all_cuts] for rows, all_cuts in found.items()} == {
+        64: [(8, 2), (8, 4), (8, 1), (8, 4)],
+        128: [(16, 2), (8, 2), (16, 1), (16, 4)],
+        256: [(16, 1), (16, 2), (32, 1), (32, 4)],
+    }
+
+
 def test_no_rows_are_no_launch() -> None:
     weight = torch.zeros(32, 128, dtype=torch.bfloat16)
     few_rows.multiply(weight[:0], weight, torch.empty(0, 32))

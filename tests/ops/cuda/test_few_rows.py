@@ -17,6 +17,7 @@ from pelton.weights.gguf import BLOCK_TYPES
 cuts = pytest.importorskip("pelton.ops.cuda.cuts")
 few_rows = pytest.importorskip("pelton.ops.cuda.few_rows")
 same_rows = pytest.importorskip("pelton.ops.cuda.same_rows")
+open_tiles = pytest.importorskip("pelton.ops.cuda.tiles").open_tiles
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 TYPES = {block.name: block for block in BLOCK_TYPES.values()}
 HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
@@ -108,7 +109,7 @@ def test_codes(name: str, half: torch.dtype) -> None:
     torch.manual_seed(0)
     parts = LAYOUTS[name]()
     tiles, expected = make_tiles(parts), parts.weights()
-    opened = few_rows.open_tiles(tiles, half)
+    opened = open_tiles(tiles, half)
     assert (opened.float() - expected).abs().max() < 1e-2 * expected.abs().max()
     for num_rows in (1, 2, 8, 9, 16, 31, 64):
         x = torch.randn(num_rows, expected.shape[1], device="cuda").to(half)
@@ -131,7 +132,7 @@ def test_cuts_of_other_sizes(name: str, processors: int, monkeypatch: pytest.Mon
     torch.manual_seed(0)
     parts = LAYOUTS[name]()
     tiles, weights = make_tiles(parts), parts.weights().double()
-    few_rows._scratch(weights.device)  # of a size for all processors
+    few_rows.scratch(weights.device)  # of a size for all processors
     monkeypatch.setattr(few_rows, "num_processors", lambda device: processors)
     for num_rows in (1, 2, 5, 12, 31, 64):
         x = torch.randn(num_rows, tiles.shape[1], device="cuda").bfloat16()
@@ -150,7 +151,7 @@ def test_tables_of_values(
     torch.manual_seed(0)
     parts = LAYOUTS[name]()
     tiles, weights = make_tiles(parts), parts.weights().double()
-    few_rows._scratch(weights.device)  # of a size for all processors
+    few_rows.scratch(weights.device)  # of a size for all processors
     monkeypatch.setattr(few_rows, "num_processors", lambda device: processors)
     monkeypatch.setattr(cuts, "is_few", lambda *given: True)
     monkeypatch.setattr(cuts, "with_table", lambda cut, *given: replace(cut, TEAMS=teams, ENTRY=entry))
@@ -260,5 +261,5 @@ def test_gates(gate: str, name: str) -> None:
 def test_every_float8_is_opened_exactly(half: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8, device="cuda")
     codes = codes[codes & 127 != 127].repeat(16, 32)[:, :4096]
-    opened = few_rows.open_tiles(make_tiles(Codes(8, codes, torch.ones(16, 1, device="cuda"), float8=True)), half)
+    opened = open_tiles(make_tiles(Codes(8, codes, torch.ones(16, 1, device="cuda"), float8=True)), half)
     assert torch.equal(opened.float(), codes.view(torch.float8_e4m3fn).float())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pelton.ops.cuda import few_rows, gated_rows
+from pelton.ops.cuda import gated_rows, many_rows
 from pelton.quant import gpu
 from pelton.quant.codes import Codes
 from pelton.quant.tiled import make_tiles
@@ -74,7 +74,8 @@ def test_weights_multiply_many_rows_so(device: torch.device, kind: str, monkeypa
     monkeypatch.setattr(gated_rows, "is_faster", lambda *shape: True)
     opened = random(96, 128, seed=1, dtype=torch.bfloat16).to(device) / 8
     if kind == "tiles":
-        monkeypatch.setattr(few_rows, "open_tiles", lambda tiles, dtype: opened)
+        monkeypatch.setattr(gpu, "open_tiles", lambda tiles, dtype: opened)
+        monkeypatch.setattr(many_rows, "MAX_ROWS", 0)
         codes = Codes(4, torch.zeros(96, 128, dtype=torch.uint8), torch.ones(96, 1), zero=8)
         weight: gpu.Whole = gpu.Tiled(make_tiles(codes), torch.bfloat16)
     else:

@@ -1,0 +1,66 @@
+"""Products of many rows with codes on Hopper, at the speed of multiplying (many_rows.cu)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from pelton.ops.cuda import cuts
+from pelton.ops.cuda.launch import counters, has_wgmma, num_processors, shared_memory
+from pelton.ops.cuda.program import is_compiling
+from pelton.ops.cuda.tiles import HALVES, function, has_values, layout, piece_bytes, pointers, scratch
+from pelton.ops.tiles import COLUMNS, ROWS, Tiles
+
+MIN_ROWS = 33  # fewer are multiplied faster by more_rows.cu
+MAX_ROWS = 512  # for more it costs less to open codes in memory than what cuBLAS gains
+
+
+class _LayOut(ctypes.Structure):
+    """Args of lay_out.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("out", "x")),
+        *((name, ctypes.c_int) for name in ("M", "K", "x_stride", "NT")),
+    ]
+
+
+def accepts(x: Tensor, weight: Tiles, out: Tensor, gate: str = "") -> bool:
+    """Whether `multiply` takes x [M, K], a weight [N, K] and an output."""
+    return (
+        MIN_ROWS <= x.shape[0] <= MAX_ROWS and x.dtype in HALVES and has_wgmma(x.device)
+        and weight.shape[1] % COLUMNS == 0 and weight.shape[0] % (2 * ROWS if gate else ROWS) == 0
+        and all(t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (x, out))
+    )
+
+
+def multiply(
+    x: Tensor, weight: Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False, gate: str = ""
+) -> None:
+    """As few_rows.multiply."""
+    (num_rows, num_in), num_out, device = x.shape, weight.shape[0], x.device
+    shape = num_out, num_in, has_values(weight), num_processors(device), shared_memory(device)
+    defines = {**layout(weight, x.dtype, gate), "OUT32": int(out.dtype == torch.float32)}
+    if is_compiling():  # whatever the number of rows
+        for cut in {cuts.many(rows, *shape) for rows in range(64, MAX_ROWS + 1, 64)}:
+            function(cut.kernel, {**defines, **cut.defines}, device)
+    cut = cuts.many(num_rows, *shape)
+    args, laid_out = pointers(weight), lay_out(x, cut.NT, weight.group == 16)
+    args.out, args.x, args.bias = out.data_ptr(), laid_out.data_ptr(), 0 if bias is None else bias.data_ptr()
+    args.partial, args.arrived = scratch(device).data_ptr(), counters(device).data_ptr()
+    args.M, args.N, args.K = num_rows, num_out, num_in
+    args.out_stride, args.accumulate = out.stride(0), int(accumulate)
+    kernel = function(cut.kernel, {**defines, **cut.defines}, device)
+    kernel.launch(cut.grid(num_out), cut.num_threads, args, cut.shared_bytes(piece_bytes(weight)))
+
+
+def lay_out(x: Tensor, row_tiles: int, group_of_16: bool) -> Tensor:
+    """x [M, K] in the order in which many_rows.cu copies it: [M / (8 n), K / 128, 8 n, 128] for n row tiles."""
+    (num_rows, num_in), rows = x.shape, 8 * row_tiles
+    shape = -(-num_rows // rows), -(-num_in // (2 * COLUMNS)), rows, 2 * COLUMNS
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    args = _LayOut(out.data_ptr(), x.data_ptr(), num_rows, num_in, x.stride(0), row_tiles)
+    num_warps = shape[0] * shape[1] * row_tiles
+    function("lay_out", {"GROUP_16": int(group_of_16)}, x.device).launch((num_warps // 8, 1), 256, args)
+    return out
