@@ -65,13 +65,14 @@ class Whole(OnGPU):
             many_rows.multiply(x, weight, out, bias, gate=gate)
             if not is_compiling():
                 return out
-        if self._is_for_few(x) and few_rows.accepts_gated(some, weight):
+            self.write(x, x.new_empty(x.shape[0], self.shape[0]), bias, accumulate=False)  # as where order is noted
+        elif self._is_for_few(x) and few_rows.accepts_gated(some, weight):
             multiply = same_rows.multiply if self.deterministic else few_rows.multiply
             multiply(x, weight, out, bias, gate=gate, then=self.then)
-        elif not self.deterministic and gated_rows.accepts(x, weight):
-            gated_rows.multiply(x, self._numbers(x.dtype), out, bias, gate)
-        else:
+            return out
+        if self.deterministic or not gated_rows.accepts(x, weight):
             return None
+        gated_rows.multiply(x, self._numbers(x.dtype), out, bias, gate)
         return out
 
     def write(self, x: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
@@ -85,7 +86,7 @@ class Whole(OnGPU):
             many_rows.multiply(x, weight, out, bias, accumulate)
             if not is_compiling():  # else for even more rows too
                 return
-        if self._is_for_few(x) and few_rows.accepts(x, weight):
+        elif self._is_for_few(x) and few_rows.accepts(x, weight):
             few_rows.multiply(x, weight, out, bias, accumulate, then=self.then)
             return
         numbers = self._numbers(x.dtype)

@@ -1,4 +1,4 @@
-"""Weights on a GPU in the order that its kernel for few rows reads them, at file precision.
+"""Weights on a GPU in the order that its kernels read them, at file precision.
 
 Tiles of 16 rows and 64 columns. Lane 4 g + t of a warp has rows g and g + 8, and four columns for each of the tile's
 four matrix products: all codes of a lane lie together, pairs of columns in the halves of 32-bit words, or in a byte

@@ -87,7 +87,8 @@ class ModelRunner:
         with only_compiling():
             for num_requests, num_prompt in zip((1, most), PROMPTS, strict=True):
                 num_tokens = min(num_requests + num_prompt, self.buffers.max_tokens)
-                self.model.forward(self.buffers.batch(num_tokens, num_requests, num_wanted=num_requests))
+                hidden = self.model.forward(self.buffers.batch(num_tokens, num_requests, num_wanted=num_requests))
+            self.model.logits(hidden.new_empty(min(LOGITS_ROWS, num_tokens), hidden.shape[1]))  # of scored prompts
             return Graphs(self.model, self.kv, most, self.buffers.max_blocks)
 
     def run(self, plan: StepPlan) -> StepResult:

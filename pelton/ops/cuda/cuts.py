@@ -1,5 +1,5 @@
-"""How kernels of few rows cut their work: few_rows.cu, dense_rows.cu and more_rows.cu, each by the shape of the product
-and what the GPU has."""
+"""How kernels over weights cut their work: few_rows.cu, dense_rows.cu, more_rows.cu and many_rows.cu, each by the shape
+of the product and what the GPU has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ MAX_SHARING = 4  # blocks for each multiprocessor, of those that share columns w
 TABLE_BYTES = 10 << 10  # of a block's shared memory: what is not counted, and more_rows.cu's table of values
 RESERVED_BYTES = 2 << 10  # of a block's shared memory: what is not counted
 MANY_OUTS = 128  # rows of a weight that a block of many_rows.cu has
-MANY_ROW_TILES, MANY_SPLITS = (8, 16, 32), (1, 2, 4)  # what it is compiled for: rows of x / 8, and blocks that share
+MANY_PAIR = 2  # blocks that have x copied together
+MANY_TILES, MANY_SPLITS = (8, 16, 32), (1, 2, 4)  # rows of x / 8, and blocks that share columns
 
 
 def num_sums(processors: int) -> int:
@@ -155,11 +156,11 @@ class Many(Cut):
 
     @property
     def num_threads(self) -> int:
-        return 384
+        return 32 * (8 + 4)  # those that multiply, and those of which one copies
 
     def grid(self, num_out: int) -> tuple[int, int]:
-        pairs = -(-num_out // (2 * MANY_OUTS)) * -(-self.num_rows // (8 * self.NT))
-        return 2 * pairs, self.SPLIT
+        pairs = -(-num_out // (MANY_PAIR * MANY_OUTS)) * -(-self.num_rows // (8 * self.NT))
+        return MANY_PAIR * pairs, self.SPLIT
 
     def shared_bytes(self, piece_bytes: int) -> int:
         rows = 8 * self.NT
@@ -350,18 +351,6 @@ def dense_in_parts(
 
 
 @cache
-def all_many(num_in: int, has_values: bool, shared_memory: int, num_rows: int = 0) -> list[Many]:
-    """How many_rows.cu may cut the work: with as much of x on its way as there is room for."""
-    found = []
-    for nt, split in product(MANY_ROW_TILES, MANY_SPLITS):
-        if split == 1 or num_in >= 8 * COLUMNS * split:
-            entry = 64 if has_values else 0
-            room = shared_memory - RESERVED_BYTES - 256 * entry
-            found.append(Many(nt, split, min(8, room // (8 * nt * 4 * COLUMNS)), entry or 4, num_rows))
-    return found
-
-
-@cache
 def many(
     num_rows: int, num_out: int, num_in: int, has_values: bool, processors: int, shared_memory: int
 ) -> Many:
@@ -375,8 +364,27 @@ def many(
         return rounds * (chunks * (650 + 60 * cut.NT) + 4000 + 80 * cut.NT + joins)
 
     def fits(cut: Many) -> bool:
-        """Whether there are counters, and there is room for sums."""
+        """Whether there are columns to share, counters, and room for sums."""
         blocks, split = cut.grid(num_out)
-        return split == 1 or blocks * split <= 2 * processors
+        has_room = blocks * split * 8 * cut.NT * MANY_OUTS <= num_sums(processors)
+        return split == 1 or (num_in >= 8 * COLUMNS * split and blocks <= MAX_SHARING * processors and has_room)
 
-    return min(filter(fits, all_many(num_in, has_values, shared_memory, num_rows)), key=cost)
+    cuts = [_many_of(nt, split, has_values, shared_memory, num_rows) for nt, split in product(MANY_TILES, MANY_SPLITS)]
+    return min(filter(fits, cuts), key=cost)
+
+
+def _many_of(nt: int, split: int, has_values: bool, shared_memory: int, num_rows: int) -> Many:
+    """With as much of x on its way as there is room for."""
+    entry = 64 if has_values else 0
+    stages = (shared_memory - RESERVED_BYTES - 256 * entry) // (8 * nt * 4 * COLUMNS)
+    return Many(nt, split, min(8, stages), entry or 4, num_rows)
+
+
+@cache
+def all_many(
+    most_rows: int, num_out: int, num_in: int, has_values: bool, processors: int, shared_memory: int
+) -> list[Many]:
+    """`many` of all numbers of rows up to some: it is the same between multiples of the fewest rows of a block."""
+    step = 8 * min(MANY_TILES)
+    given = num_out, num_in, has_values, processors, shared_memory
+    return [many(num_rows, *given) for num_rows in range(step, most_rows + step, step)]

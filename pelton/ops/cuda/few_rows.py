@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pelton.ops.cuda import cuts
 from pelton.ops.cuda.cuts import MAX_ROWS, MMA_ROWS, Cut
-from pelton.ops.cuda.launch import counters, has_tma, has_wgmma, num_processors, shared_memory
-from pelton.ops.cuda.tiles import HALVES, Args, function, has_values, layout, piece_bytes, pointers, scratch
+from pelton.ops.cuda.launch import has_tma, has_wgmma, num_processors, shared_memory
+from pelton.ops.cuda.tiles import HALVES, Args, function, has_values, layout, piece_bytes, pointers, say_product
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
 MAX_INT8_ROWS = 16
@@ -116,13 +116,10 @@ def _launch(
     """`args`: those of the weight, and all bytes that are to be brought into the cache."""
     if x.shape[0] == 0:
         return  # kernels read the last row in place of rows that are not there
-    num_out, num_in = weight.shape
     defines = {**compiled_in, "OUT32": int(out.dtype == torch.float32), **cut.defines}
-    args.out, args.x, args.bias = out.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr()
-    args.partial, args.arrived = scratch(x.device).data_ptr(), counters(x.device).data_ptr()
-    args.M, args.N, args.K = x.shape[0], num_out, num_in
-    args.out_stride, args.x_stride, args.accumulate = out.stride(0), x.stride(0), int(accumulate)
-    grid = cut.grid(num_out)
+    say_product(args, x.shape[0], weight, out, bias, accumulate)
+    args.x, args.x_stride = x.data_ptr(), x.stride(0)
+    grid = cut.grid(weight.shape[0])
     args.next_bytes = args.next_bytes // (grid[0] * grid[1]) // 16 * 16
     kernel = function(cut.kernel, defines, x.device)
     kernel.launch(grid, cut.num_threads, args, cut.shared_bytes(piece_bytes(weight)))

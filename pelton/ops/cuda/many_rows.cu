@@ -18,13 +18,13 @@ constexpr int STAGE_BYTES = 2 * ROWS * CHUNK, LINE = OUTS + 4;  // floats: what 
 constexpr int SIZE = NT < 16 ? 4 * NT : 64;                     // sums of one wgmma
 typedef float Sums[4 * NT / SIZE][SIZE];
 
-// The numbers of 64 columns, for four mma.
+// The numbers of 64 columns, for four mma. (Values that are looked up are rounded before they are scaled, too.)
 __device__ __forceinline__ void open(u32 (&w)[4][4], const Piece& p, const u32* table) {
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
         operand(w[s], p, s, table);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) w[s][j] = opened(p, s, j, to_floats(w[s][j]));
+        for (int j = 0; j < 4; ++j) w[s][j] = opened(p, s, j, to_floats(w[s][j]), OFFSET);
     }
 }
 
@@ -73,23 +73,14 @@ __device__ __forceinline__ void add_up(float (&y)[8], const Args& a, const float
         }
 }
 
-// Leave this block's sums where others find them; whether all that share its columns have.
-__device__ __forceinline__ bool is_last_block(const Args& a, const float* sums) {
-    __shared__ u32 is_last;
+// Leave this block's sums where others find them.
+__device__ __forceinline__ void store_part(const Args& a, const float* sums) {
     float* own = part_of(a, blockIdx.y);
 #pragma unroll 8
     for (int i = 0; i < ROWS / WARPS; ++i) {
         const int row = i * WARPS + threadIdx.x / 32, column = threadIdx.x % 32 * 4;
         __stcg((float4*)(own + row * OUTS + column), *(const float4*)(sums + row * LINE + column));
     }
-    __threadfence();
-    wait_for_team<32 * WARPS>(0);
-    if (threadIdx.x == 0) is_last = atomicAdd(a.arrived + blockIdx.x, 1) == SPLIT - 1;
-    wait_for_team<32 * WARPS>(0);
-    if (!is_last) return false;
-    __threadfence();
-    if (threadIdx.x == 0) a.arrived[blockIdx.x] = 0;
-    return true;
 }
 
 template <class Number>
@@ -205,12 +196,16 @@ extern "C" __global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(THREAD
         if (++stage == STAGES) stage = 0, phase ^= 1;
     }
     wait_for_wgmma<0>();
+    arrive_at_cluster();
     let_next_begin();
     wait_for_inputs();              // what others write is not overwritten before they are complete, nor added to
     wait_for_team<32 * WARPS>(0);  // nobody needs x any more
     leave(sums, (float*)memory, warp, lane);
     wait_for_team<32 * WARPS>(0);
-    if (SPLIT > 1 && !is_last_block(a, (const float*)memory)) return;
-
+    wait_for_cluster();  // the pair has all that this block had copied to both
+    if (SPLIT > 1) {
+        store_part(a, (const float*)memory);
+        if (!is_last_block<32 * WARPS>(a, threadIdx.x, SPLIT)) return;
+    }
     store_all(a, (const float*)memory, down, across);
 }

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pelton.ops.cuda import cuts
-from pelton.ops.cuda.launch import counters, has_wgmma, num_processors, shared_memory
+from pelton.ops.cuda.launch import has_wgmma, num_processors, shared_memory
 from pelton.ops.cuda.program import is_compiling
-from pelton.ops.cuda.tiles import HALVES, function, has_values, layout, piece_bytes, pointers, scratch
+from pelton.ops.cuda.tiles import HALVES, function, has_values, layout, piece_bytes, pointers, say_product
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
 MIN_ROWS = 33  # fewer are multiplied faster by more_rows.cu
@@ -38,19 +38,19 @@ def accepts(x: Tensor, weight: Tiles, out: Tensor, gate: str = "") -> bool:
 def multiply(
     x: Tensor, weight: Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False, gate: str = ""
 ) -> None:
-    """As few_rows.multiply."""
+    """out = x W^T (+ bias), or added to out: see few_rows.multiply."""
     (num_rows, num_in), num_out, device = x.shape, weight.shape[0], x.device
+    if num_rows == 0:
+        return
     shape = num_out, num_in, has_values(weight), num_processors(device), shared_memory(device)
     defines = {**layout(weight, x.dtype, gate), "OUT32": int(out.dtype == torch.float32)}
-    if is_compiling():  # whatever the number of rows
-        for cut in {cuts.many(rows, *shape) for rows in range(64, MAX_ROWS + 1, 64)}:
+    if is_compiling():
+        for cut in cuts.all_many(MAX_ROWS, *shape):
             function(cut.kernel, {**defines, **cut.defines}, device)
     cut = cuts.many(num_rows, *shape)
     args, laid_out = pointers(weight), lay_out(x, cut.NT, weight.group == 16)
-    args.out, args.x, args.bias = out.data_ptr(), laid_out.data_ptr(), 0 if bias is None else bias.data_ptr()
-    args.partial, args.arrived = scratch(device).data_ptr(), counters(device).data_ptr()
-    args.M, args.N, args.K = num_rows, num_out, num_in
-    args.out_stride, args.accumulate = out.stride(0), int(accumulate)
+    say_product(args, num_rows, weight, out, bias, accumulate)
+    args.x = laid_out.data_ptr()
     kernel = function(cut.kernel, {**defines, **cut.defines}, device)
     kernel.launch(cut.grid(num_out), cut.num_threads, args, cut.shared_bytes(piece_bytes(weight)))
 

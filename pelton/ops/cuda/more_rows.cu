@@ -138,19 +138,6 @@ __device__ __forceinline__ void add_parts(const Args& a, Sums& sums, int thread)
     }
 }
 
-// Whether this is the last of the blocks that share columns, all of which have stored their parts.
-__device__ __forceinline__ bool is_last_block(const Args& a, int thread) {
-    __shared__ u32 is_last;
-    __threadfence();
-    wait_for_team<32 * WARPS>(0);
-    if (thread == 0) is_last = atomicAdd(a.arrived + blockIdx.x, 1) == SPLIT - 1;
-    wait_for_team<32 * WARPS>(0);
-    if (!is_last) return false;
-    __threadfence();
-    if (thread == 0) a.arrived[blockIdx.x] = 0;
-    return true;
-}
-
 extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_rows(const __grid_constant__ Args a) {
     const int warp_of_all = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int team = warp_of_all / WARPS, warp = warp_of_all % WARPS;
@@ -222,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) more_ro
     }
     if (team > 0) return;
     if (SPLIT > 1 && OWN_PARTS == 1) store_part(a, sums, blockIdx.y, thread);
-    if (SPLIT > 1 && !is_last_block(a, thread)) return;
+    if (SPLIT > 1 && !is_last_block<32 * WARPS>(a, thread, SPLIT)) return;
     if (SPLIT > 1 || OWN_PARTS > 1) add_parts(a, sums, thread);
     store_all(a, sums, first_tile, lane);
 }

@@ -24,9 +24,10 @@ extern "C" __global__ void __launch_bounds__(256) open_codes(const __grid_consta
                 const int of = s + i / 2, j = r + 2 * (i % 2);
 #if LOOKUP
                 const u32 u = word(p.codes[0], of) >> (8 * j);
-                pairs[i] = opened(p, of, j, make_float2(a.values[u & 15], a.values[u >> 4 & 15]), a.factor);
+                pairs[i] = opened(p, of, j, make_float2(a.values[u & 15], a.values[u >> 4 & 15]), 0.0f, a.factor);
 #else
-                pairs[i] = opened(p, of, j, to_floats(code_pair(p, of, j)), a.factor);
+                const float2 u = to_floats(code_pair(p, of, j));
+                pairs[i] = opened(p, of, j, make_float2(u.x - OFFSET, u.y - OFFSET), 0.0f, a.factor);
 #endif
             }
             if (GROUP != 16) {

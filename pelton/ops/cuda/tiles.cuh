@@ -12,14 +12,14 @@
 
 struct Args {
     void* out;            // [M, N], rows out_stride apart, of x's type or float32
-    const u16* x;         // [M, K], rows x_stride apart
+    const u16* x;         // [M, K], rows x_stride apart; in many_rows.cu as lay_out.cu leaves it
     const u8* codes;      // numbers, or [N / 16][K / 64][lane] codes
     const u8* more;       // further bits of the codes, likewise
     const u8* scales;     // [N / 16][K / GROUP][8 rows][row, row + 8][d (, m or z)]; with INT8 [N] floats
     const u8* supers;     // [N / 16][K / 256][8 rows][row, row + 8][d (, m)] float16
     const float* values;  // [16], with LOOKUP
     const u16* bias;      // [N] of x's type, or null
-    float* partial;       // [blocks beside each other][parts of a sum][sums of a thread][threads], in more_rows.cu
+    float* partial;       // [blocks beside each other][parts of a sum][sums], of blocks that share columns
     u32* arrived;         // [blocks beside each other] zeros, zeros again when done
     const long long* ids;  // [M] rows to open; or null: all
     const u8* next;        // what is read after this, on its way when this is done
@@ -274,11 +274,12 @@ __device__ __forceinline__ float scale_of(const Scales& p, int r, int group, int
 #endif
 
 #if !NUMBERS
-// Pair j of mma s as numbers of w itself, times a factor, in x's type. pair: BASE + u, or values that were looked up.
-__device__ __forceinline__ u32 opened(const Piece& p, int s, int j, float2 pair, float factor = 1.0f) {
+// Pair j of mma s as numbers of w itself, times a factor, in x's type. pair: u, or values that were looked up, and offset
+// more (which is exact as long as a scale and the offset have 24 bits).
+__device__ __forceinline__ u32 opened(const Piece& p, int s, int j, float2 pair, float offset, float factor = 1.0f) {
     const int group = s / (4 / GROUPS), r = j % 2;
     const float d = scale_of(p, r, group, 0, factor);
-    const float minimum = MIN ? scale_of(p, r, group, MIN, factor) : 0.0f, more = -float(OFFSET) * d - minimum;
+    const float minimum = MIN ? scale_of(p, r, group, MIN, factor) : 0.0f, more = -offset * d - minimum;
     return to_pair(fmaf(d, pair.x, more), fmaf(d, pair.y, more));
 }
 #endif
@@ -362,6 +363,20 @@ __device__ __forceinline__ void store_gated(const Args& a, int m, int n, float g
     ((u16*)a.out)[u64(m) * a.out_stride + n] = u16(to_pair(gated(gate, up), 0.0f));
 }
 #endif
+
+// Whether this is the last of the blocks that share columns, all of which have stored their parts. For some threads.
+template <int threads>
+__device__ __forceinline__ bool is_last_block(const Args& a, int thread, int num_blocks) {
+    __shared__ u32 is_last;
+    __threadfence();
+    wait_for_team<threads>(0);
+    if (thread == 0) is_last = atomicAdd(a.arrived + blockIdx.x, 1) == num_blocks - 1;
+    wait_for_team<threads>(0);
+    if (!is_last) return false;
+    __threadfence();
+    if (thread == 0) a.arrived[blockIdx.x] = 0;
+    return true;
+}
 
 // Ask for this block's share of what is read next: kernels between two products leave the memory idle.
 __device__ __forceinline__ void prefetch_next(const Args& a) {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pelton.ops.cuda.cuts import num_sums
-from pelton.ops.cuda.launch import num_processors
+from pelton.ops.cuda.launch import counters, num_processors
 from pelton.ops.cuda.program import Function, load
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
@@ -38,6 +38,16 @@ def pointers(weight: Tensor | Tiles) -> Args:
         for name in ("codes", "more", "scales", "supers", "values"):
             setattr(args, name, getattr(weight, name).data_ptr())
     return args
+
+
+def say_product(
+    args: Args, num_rows: int, weight: Tensor | Tiles, out: Tensor, bias: Tensor | None, accumulate: bool
+) -> None:
+    """Arguments that all products have, but their input."""
+    args.out, args.bias = out.data_ptr(), 0 if bias is None else bias.data_ptr()
+    args.partial, args.arrived = scratch(out.device).data_ptr(), counters(out.device).data_ptr()
+    (args.N, args.K), args.M = weight.shape, num_rows
+    args.out_stride, args.accumulate = out.stride(0), int(accumulate)
 
 
 def layout(weight: Tensor | Tiles, dtype: torch.dtype, gate: str = "") -> dict[str, int]:

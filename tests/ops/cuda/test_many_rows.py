@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pelton.ops.tiles import Tiles
+from pelton.quant import gpu
 from pelton.quant.codes import Codes
 from pelton.quant.tiled import make_tiles
 
@@ -18,7 +18,7 @@ many_rows = pytest.importorskip("pelton.ops.cuda.many_rows")
 tiles = pytest.importorskip("pelton.ops.cuda.tiles")
 is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not is_hopper, reason="needs compute capability 9.0")]
-NUM_OUT = 352  # of three blocks, of which the last has fewer
+NUM_OUT = 352  # of four blocks, of which the third has fewer and the last none
 
 
 def codes(bits: int, group: int, num_in: int = 640, mins: bool = False, **options: object) -> Codes:
@@ -71,8 +71,8 @@ LAYOUTS = {
 }
 
 
-def close(got: Tensor, expected: Tensor) -> None:
-    step = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-8}[got.dtype]
+def close(got: Tensor, expected: Tensor, half: torch.dtype) -> None:
+    step = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[half]
     error = (got.double() - expected).abs().max() / expected.abs().max()
     assert error < 3 * step, float(error)
 
@@ -85,44 +85,66 @@ def test_codes(name: str, half: torch.dtype) -> None:
     weight, expected = make_tiles(parts), parts.weights().double()
     for num_rows in (1, 65, 128, 300):
         x = torch.randn(num_rows, expected.shape[1] + 8, device="cuda").to(half)[:, :-8]
-        bias = torch.randn(NUM_OUT, device="cuda").to(half)
-        out = torch.empty(num_rows, NUM_OUT, device="cuda")
-        assert num_rows == 1 or many_rows.accepts(x, weight, out)
-        many_rows.multiply(x, weight, out, bias)
-        close(out, x.double() @ expected.T + bias.double())
-        again = torch.empty_like(out)
-        many_rows.multiply(x, weight, again, bias)
-        assert torch.equal(out, again)
+        bias, before = torch.randn(NUM_OUT, device="cuda").to(half), torch.randn(num_rows, NUM_OUT, device="cuda")
+        outs = [before.clone() for _ in range(2)]
+        for out in outs:
+            many_rows.multiply(x, weight, out, bias, accumulate=True)
+        close(outs[0], x.double() @ expected.T + bias.double() + before.double(), half)
+        assert torch.equal(*outs)
 
 
-@pytest.mark.parametrize("nt", cuts.MANY_ROW_TILES)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("nt", cuts.MANY_TILES)
 @pytest.mark.parametrize("split", cuts.MANY_SPLITS)
 @pytest.mark.parametrize("name", ["int4 of 4096 columns", "Q4_K", "Q6_K", "nf4", "int4 of 192 columns"])
-def test_cuts(name: str, nt: int, split: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuts(name: str, nt: int, split: int, half: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all sizes, with a gate, added to what is there, and into columns of longer rows."""
     torch.manual_seed(0)
     parts = LAYOUTS[name]()
     weight, numbers = make_tiles(parts), parts.weights().double()
     if split > 1 and weight.shape[1] < 512 * split:
         pytest.skip("too few columns to share")
-    monkeypatch.setattr(cuts, "many", lambda num_rows, *shape: cut_of(nt, split, num_rows, weight))
+    given = tiles.has_values(weight), many_rows.shared_memory(weight.codes.device)
+    monkeypatch.setattr(cuts, "many", lambda num_rows, *shape: cuts._many_of(nt, split, *given, num_rows))
     for num_rows in (70, 256, 515):
-        x = (torch.randn(num_rows, numbers.shape[1], device="cuda") * 0.05).bfloat16()
+        x = (torch.randn(num_rows, numbers.shape[1], device="cuda") * 0.05).to(half)
         product = x.double() @ numbers.T
-        residual = torch.randn(num_rows, NUM_OUT + 32, device="cuda").bfloat16()
+        residual = torch.randn(num_rows, NUM_OUT + 32, device="cuda").to(half)
         expected = residual.double()
         expected[:, 16:-16] += product
         many_rows.multiply(x, weight, residual[:, 16:-16], accumulate=True)
-        close(residual, expected)
-        bias = torch.randn(NUM_OUT, device="cuda").bfloat16()
+        close(residual, expected, half)
+        bias = torch.randn(NUM_OUT, device="cuda").to(half)
         left, right = (product + bias.double()).chunk(2, dim=1)
         for gate, act in (("silu", F.silu), ("gelu_tanh", partial(F.gelu, approximate="tanh"))):
-            out = torch.empty(num_rows, NUM_OUT // 2, device="cuda", dtype=x.dtype)
+            out = torch.empty(num_rows, NUM_OUT // 2, device="cuda", dtype=half)
             many_rows.multiply(x, weight, out, bias, gate=gate)
-            close(out, act(left) * right)
+            close(out, act(left) * right, half)
 
 
-def cut_of(nt: int, split: int, num_rows: int, weight: Tiles) -> cuts.Many:
-    memory = many_rows.shared_memory(weight.codes.device)
-    all_cuts = cuts.all_many(weight.shape[1], tiles.has_values(weight), memory, num_rows)
-    return next(cut for cut in all_cuts if (nt, split) == (cut.NT, cut.SPLIT))
+def test_weights_multiply_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """33 to 512 rows, but not where bits are to be the same; rows that begin anywhere are opened."""
+    calls, lay_out = [], many_rows.lay_out
+    monkeypatch.setattr(many_rows, "lay_out", lambda x, *given: calls.append(len(x)) or lay_out(x, *given))
+    parts = codes(4, 128)
+    weight, numbers = gpu.Tiled(make_tiles(parts), torch.bfloat16), parts.weights().double()
+    for num_rows in (32, 33, 512, 513):
+        x = (torch.randn(num_rows, 640, device="cuda") * 0.05).bfloat16()
+        product = x.double() @ numbers.T
+        before = torch.randn(num_rows, NUM_OUT, device="cuda").bfloat16()
+        close(weight.matmul(x, add_to=before.clone()), product + before.double(), x.dtype)
+        left, right = product.chunk(2, dim=1)
+        hidden = weight.gated(x, None, "silu")
+        if num_rows <= 512 or hidden is not None:
+            close(hidden, F.silu(left) * right, x.dtype)
+    assert calls == [33, 33, 512, 512]
+    x = torch.randn(100, 643, device="cuda").bfloat16()[:, 3:]
+    close(weight.matmul(x), x.double() @ numbers.T, x.dtype)
+    weight.deterministic = True
+    weight.matmul(x.clone(memory_format=torch.contiguous_format))
+    assert calls == [33, 33, 512, 512]
+
+
+def test_no_rows_are_no_launch() -> None:
+    weight = make_tiles(codes(4, 128))
+    many_rows.multiply(torch.empty(0, 640, device="cuda").bfloat16(), weight, torch.empty(0, NUM_OUT, device="cuda"))
