@@ -132,7 +132,6 @@ def test_cuts_of_other_sizes(name: str, processors: int, monkeypatch: pytest.Mon
     torch.manual_seed(0)
     parts = LAYOUTS[name]()
     tiles, weights = make_tiles(parts), parts.weights().double()
-    few_rows.scratch(weights.device)  # of a size for all processors
     monkeypatch.setattr(few_rows, "num_processors", lambda device: processors)
     for num_rows in (1, 2, 5, 12, 31, 64):
         x = torch.randn(num_rows, tiles.shape[1], device="cuda").bfloat16()
@@ -151,7 +150,6 @@ def test_tables_of_values(
     torch.manual_seed(0)
     parts = LAYOUTS[name]()
     tiles, weights = make_tiles(parts), parts.weights().double()
-    few_rows.scratch(weights.device)  # of a size for all processors
     monkeypatch.setattr(few_rows, "num_processors", lambda device: processors)
     monkeypatch.setattr(cuts, "is_few", lambda *given: True)
     monkeypatch.setattr(cuts, "with_table", lambda cut, *given: replace(cut, TEAMS=teams, ENTRY=entry))
