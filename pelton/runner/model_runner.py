@@ -29,6 +29,7 @@ from pelton.runner.sampler import Sample, Sampler
 
 IN_A_STEP = "in a step", "lower --gpu-memory-utilization, which leaves more to steps, or --max-num-batched-tokens"
 PROMPTS = 128, 256  # tokens of prompts that kernels are compiled for: more than products of few rows take, and many
+SCORED = 65  # rows of prompt logits that kernels are compiled for: more than products of few rows take
 LONG_PROMPT = 1024  # tokens on average, from which whole prompts are worth a call for each
 LOGITS_ROWS = 256  # rows of prompt logits made at once: 256 x 262,144 float32 are 268 MB
 
@@ -88,7 +89,7 @@ class ModelRunner:
             for num_requests, num_prompt in zip((1, most), PROMPTS, strict=True):
                 num_tokens = min(num_requests + num_prompt, self.buffers.max_tokens)
                 hidden = self.model.forward(self.buffers.batch(num_tokens, num_requests, num_wanted=num_requests))
-            self.model.logits(hidden.new_empty(min(LOGITS_ROWS, num_tokens), hidden.shape[1]))  # of scored prompts
+            self.model.logits(hidden.new_empty(SCORED, hidden.shape[1]))
             return Graphs(self.model, self.kv, most, self.buffers.max_blocks)
 
     def run(self, plan: StepPlan) -> StepResult:
