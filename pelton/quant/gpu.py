@@ -59,19 +59,22 @@ class Whole(OnGPU):
     def gated(self, x: Tensor, bias: Tensor | None, gate: str) -> Tensor | None:
         if _noted() is not None:
             return None
-        weight, out = self.operand, x.new_empty(x.shape[0], self.shape[0] // 2)
+        weight, size = self.operand, (x.shape[0], self.shape[0] // 2)
         some = x[:1] if self.deterministic else x  # any number of rows is multiplied, a few at a time
-        if isinstance(weight, Tiles) and not self.deterministic and many_rows.accepts(x, weight, out, gate):
+        if isinstance(weight, Tiles) and not self.deterministic and many_rows.accepts_gated(x, weight):
+            out = x.new_empty(size)
             many_rows.multiply(x, weight, out, bias, gate=gate)
             if not is_compiling():
                 return out
             self.write(x, x.new_empty(x.shape[0], self.shape[0]), bias, accumulate=False)  # as where order is noted
         elif self._is_for_few(x) and few_rows.accepts_gated(some, weight):
+            out = x.new_empty(size)
             multiply = same_rows.multiply if self.deterministic else few_rows.multiply
             multiply(x, weight, out, bias, gate=gate, then=self.then)
             return out
         if self.deterministic or not gated_rows.accepts(x, weight):
             return None
+        out = x.new_empty(size)
         gated_rows.multiply(x, self._numbers(x.dtype), out, bias, gate)
         return out
 

@@ -11,7 +11,17 @@ from torch import Tensor
 from pelton.ops.cuda import cuts
 from pelton.ops.cuda.cuts import MAX_ROWS, MMA_ROWS, Cut
 from pelton.ops.cuda.launch import has_tma, has_wgmma, num_processors, shared_memory
-from pelton.ops.cuda.tiles import HALVES, Args, function, has_values, layout, piece_bytes, pointers, say_product
+from pelton.ops.cuda.tiles import (
+    HALVES,
+    Args,
+    function,
+    has_values,
+    is_aligned,
+    layout,
+    piece_bytes,
+    pointers,
+    say_product,
+)
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
 MAX_INT8_ROWS = 16
@@ -20,9 +30,8 @@ PREFETCHED = 4 << 20  # bytes of the next weight, as many as memory gives in a p
 
 def accepts(x: Tensor, weight: Tensor | Tiles) -> bool:
     """Whether the product of x [M, K] and a weight is this kernel's."""
-    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     same = not isinstance(weight, Tensor) or weight.dtype == x.dtype
-    return x.shape[0] <= MAX_ROWS and x.dtype in HALVES and same and aligned and weight.shape[1] % COLUMNS == 0
+    return x.shape[0] <= MAX_ROWS and x.dtype in HALVES and same and is_aligned(x) and weight.shape[1] % COLUMNS == 0
 
 
 def accepts_gated(x: Tensor, weight: Tensor | Tiles) -> bool:

@@ -12,7 +12,7 @@ from pelton.ops.cuda.cuts import MAX_ROWS
 from pelton.ops.cuda.launch import OVERLAPS, has_wgmma, num_processors, place_in_band
 from pelton.ops.cuda.program import is_compiling
 from pelton.ops.cuda.rows import LOG2_E, turn_of
-from pelton.ops.cuda.tiles import HALVES
+from pelton.ops.cuda.tiles import HALVES, is_aligned
 from pelton.ops.tiles import Tiles
 
 ROWS, OUTS, COLUMNS = 128, 128, 64  # of a tile: of x, of each half of the weight, and what is multiplied at a time
@@ -26,8 +26,8 @@ def accepts(x: Tensor, weight: Tensor | Tiles) -> bool:
     num_rows, num_out = x.shape[0], weight.shape[0] // 2
     return (
         num_rows > MAX_ROWS and x.dtype in HALVES and has_wgmma(x.device)
-        and (isinstance(weight, Tiles) or weight.dtype == x.dtype) and x.stride(1) == 1 and x.data_ptr() % 16 == 0
-        and all(size % 8 == 0 for size in (x.stride(0), x.shape[1], num_out))
+        and (isinstance(weight, Tiles) or weight.dtype == x.dtype) and is_aligned(x)
+        and all(size % 8 == 0 for size in (x.shape[1], num_out))
         and (is_compiling() or is_faster(num_rows, num_out, num_processors(x.device)))
     )
 

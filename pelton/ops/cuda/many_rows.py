@@ -10,7 +10,7 @@ from torch import Tensor
 from pelton.ops.cuda import cuts
 from pelton.ops.cuda.launch import has_wgmma, num_processors, shared_memory
 from pelton.ops.cuda.program import is_compiling
-from pelton.ops.cuda.tiles import HALVES, function, has_values, layout, piece_bytes, pointers, say_product
+from pelton.ops.cuda.tiles import HALVES, function, has_values, is_aligned, layout, piece_bytes, pointers, say_product
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
 MIN_ROWS = 33  # fewer are multiplied faster by more_rows.cu
@@ -26,13 +26,18 @@ class _LayOut(ctypes.Structure):
     ]
 
 
-def accepts(x: Tensor, weight: Tiles, out: Tensor, gate: str = "") -> bool:
+def accepts(x: Tensor, weight: Tiles, out: Tensor) -> bool:
     """Whether `multiply` takes x [M, K], a weight [N, K] and an output."""
+    (num_out, num_in), num_rows = weight.shape, x.shape[0]
     return (
-        MIN_ROWS <= x.shape[0] <= MAX_ROWS and x.dtype in HALVES and has_wgmma(x.device)
-        and weight.shape[1] % COLUMNS == 0 and weight.shape[0] % (2 * ROWS if gate else ROWS) == 0
-        and all(t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (x, out))
+        MIN_ROWS <= num_rows <= MAX_ROWS and x.dtype in HALVES and has_wgmma(x.device)
+        and num_in % COLUMNS == 0 and num_out % ROWS == 0 and is_aligned(x) and is_aligned(out)
     )
+
+
+def accepts_gated(x: Tensor, weight: Tiles) -> bool:
+    """Whether `multiply` takes a gate too, and an output of its own."""
+    return accepts(x, weight, x) and weight.shape[0] % (2 * ROWS) == 0
 
 
 def multiply(

@@ -29,6 +29,11 @@ class Args(ctypes.Structure):
     ]
 
 
+def is_aligned(x: Tensor) -> bool:
+    """Whether rows of x begin where kernels read and write 16 bytes at a time."""
+    return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
 def pointers(weight: Tensor | Tiles) -> Args:
     """Arguments that say where a weight lies."""
     args = Args()

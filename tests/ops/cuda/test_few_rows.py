@@ -7,86 +7,18 @@ from functools import partial
 
 import pytest
 import torch
+from coded import LAYOUTS, NUM_IN, close, integers
 from torch import Tensor
 
-from pelton.quant import CODED
 from pelton.quant.codes import Codes
 from pelton.quant.tiled import make_tiles
-from pelton.weights.gguf import BLOCK_TYPES
 
 cuts = pytest.importorskip("pelton.ops.cuda.cuts")
 few_rows = pytest.importorskip("pelton.ops.cuda.few_rows")
 same_rows = pytest.importorskip("pelton.ops.cuda.same_rows")
 open_tiles = pytest.importorskip("pelton.ops.cuda.tiles").open_tiles
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-TYPES = {block.name: block for block in BLOCK_TYPES.values()}
-HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
-          "Q6_K": (208,)}  # where a block holds an f16; elsewhere at 0
-NUM_OUT, NUM_IN = 72, 2304  # columns: more than warps ask for ahead, and not as many for each
-
-
-def blocks(name: str) -> Codes:
-    generator = torch.Generator().manual_seed(0)
-    block = TYPES[name]
-    raw = torch.randint(0, 256, (NUM_OUT * NUM_IN // block.block_size, block.block_bytes), dtype=torch.uint8,
-                        generator=generator)
-    for start in HALVES.get(name, (0,)):
-        raw[:, start : start + 2] = (torch.rand(len(raw), 1, generator=generator) * 0.01).half().view(torch.uint8)
-    return by_row(CODED[name](raw.cuda()))
-
-
-def by_row(parts: Codes) -> Codes:
-    rows = {name: getattr(parts, name) for name in ("codes", "scales", "mins", "supers", "super_mins")}
-    rows = {name: None if t is None else t.reshape(NUM_OUT, -1) for name, t in rows.items()}
-    return Codes(bits=parts.bits, zero=parts.zero, values=parts.values, **rows)
-
-
-def integers(bits: int, group: int, mins: bool, num_in: int = NUM_IN) -> Codes:
-    codes = torch.randint(0, 1 << bits, (NUM_OUT, num_in), dtype=torch.uint8, device="cuda")
-    scales = torch.rand(NUM_OUT, -(-num_in // group), device="cuda") * 0.01 + 0.001
-    return Codes(bits, codes, scales, scales * 7 if mins else None, zero=0 if mins else 1 << (bits - 1))
-
-
-def with_zeros(parts: Codes) -> Codes:
-    zeros = torch.randint(0, 1 << parts.bits, parts.scales.shape, device="cuda").float()
-    return Codes(parts.bits, parts.codes, parts.scales.half().float(), zeros=zeros)
-
-
-def float8(group: int, num_in: int = NUM_IN) -> Codes:
-    """Every number there is."""
-    numbers = torch.arange(256, dtype=torch.uint8, device="cuda")
-    numbers = numbers[numbers & 127 != 127].repeat(NUM_OUT * num_in // 254 + 1)[: NUM_OUT * num_in]
-    numbers = numbers[torch.randperm(NUM_OUT * num_in, device="cuda")].view(NUM_OUT, num_in)
-    return Codes(8, numbers, integers(8, group, False, num_in).scales, float8=True)
-
-
-def nf4(num_in: int = NUM_IN) -> Codes:
-    parts = integers(4, 64, False, num_in)
-    return Codes(4, parts.codes, parts.scales, values=tuple((torch.linspace(-1, 1, 16) ** 3).tolist()))
-
-
-LAYOUTS = {
-    **{name: lambda name=name: blocks(name) for name in CODED},
-    "int4 group 128": lambda: integers(4, 128, False),
-    "int4 group 64 with minima": lambda: integers(4, 64, True),
-    "int4 group 128 with zero points": lambda: with_zeros(integers(4, 128, False)),
-    "int3 group 16 with zero points": lambda: with_zeros(integers(3, 16, False)),
-    "int4 group 32": lambda: integers(4, 32, False),
-    "int4 of 1216 columns with minima": lambda: integers(4, 64, True, num_in=1216),
-    "int8 per channel": lambda: integers(8, NUM_IN, False),
-    "int8 of 192 columns": lambda: integers(8, 192, False, num_in=192),
-    "float8 per channel": lambda: float8(NUM_IN),
-    "float8 group 128": lambda: float8(128),
-    "float8 of 192 columns": lambda: float8(64, num_in=192),
-    "nf4": nf4,
-    "nf4 of 1216 columns": lambda: nf4(1216),
-}
-
-
-def close(got: Tensor, expected: Tensor, half: torch.dtype) -> None:
-    step = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[half]
-    scale = expected.abs().max()
-    assert ((got.double() - expected).abs().max() / scale) < 3 * step, float((got - expected).abs().max() / scale)
+NUM_OUT = 72
 
 
 @pytest.fixture(params=["few", "more", "more with less memory"])
@@ -107,7 +39,7 @@ def _kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_codes(name: str, half: torch.dtype) -> None:
     torch.manual_seed(0)
-    parts = LAYOUTS[name]()
+    parts = LAYOUTS[name](NUM_OUT)
     tiles, expected = make_tiles(parts), parts.weights()
     opened = open_tiles(tiles, half)
     assert (opened.float() - expected).abs().max() < 1e-2 * expected.abs().max()
@@ -130,7 +62,7 @@ def test_codes(name: str, half: torch.dtype) -> None:
 def test_cuts_of_other_sizes(name: str, processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Warps, teams and blocks share columns otherwise where there are more tiles for each processor."""
     torch.manual_seed(0)
-    parts = LAYOUTS[name]()
+    parts = LAYOUTS[name](NUM_OUT)
     tiles, weights = make_tiles(parts), parts.weights().double()
     monkeypatch.setattr(few_rows, "num_processors", lambda device: processors)
     for num_rows in (1, 2, 5, 12, 31, 64):
@@ -148,7 +80,7 @@ def test_tables_of_values(
 ) -> None:
     """The last team has no rows."""
     torch.manual_seed(0)
-    parts = LAYOUTS[name]()
+    parts = LAYOUTS[name](NUM_OUT)
     tiles, weights = make_tiles(parts), parts.weights().double()
     monkeypatch.setattr(few_rows, "num_processors", lambda device: processors)
     monkeypatch.setattr(cuts, "is_few", lambda *given: True)
@@ -161,7 +93,7 @@ def test_tables_of_values(
 
 
 def test_rows_may_begin_anywhere_where_bits_are_the_same() -> None:
-    tiles = make_tiles(integers(4, 64, True))
+    tiles = make_tiles(integers(NUM_OUT, 4, 64, True))
     x = torch.randn(70, NUM_IN + 3, device="cuda").bfloat16()[:, 3:]
     out, expected = (torch.empty(70, NUM_OUT, device="cuda") for _ in range(2))
     same_rows.multiply(x, tiles, out)
@@ -173,7 +105,7 @@ def test_rows_may_begin_anywhere_where_bits_are_the_same() -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_row_can_have_the_same_bits_in_any_company(name: str, num_out: int) -> None:
     """Few tiles, more, and many."""
-    parts = LAYOUTS[name]()
+    parts = LAYOUTS[name](NUM_OUT)
     repeats = -(-num_out // NUM_OUT)
     many = {field: torch.cat([value] * repeats) for field, value in vars(parts).items() if isinstance(value, Tensor)}
     tiles = make_tiles(replace(parts, **many))
@@ -199,7 +131,7 @@ def test_parts_of_a_sum_are_added_in_one_order(name: str, parts: int, monkeypatc
     torch.manual_seed(0)
     monkeypatch.setattr(cuts, "is_few", lambda *given: False)
     monkeypatch.setattr(cuts, "same_parts", lambda *given: parts)
-    codes = LAYOUTS[name]()
+    codes = LAYOUTS[name](NUM_OUT)
     fields = {field: torch.cat([value] * 4) for field, value in vars(codes).items() if isinstance(value, Tensor)}
     tiles = make_tiles(replace(codes, **fields))
     weights = replace(codes, **fields).weights().double()
@@ -242,7 +174,7 @@ def test_gates(gate: str, name: str) -> None:
         weight = torch.randn(96, NUM_IN, device="cuda").to(half)
         numbers = weight.double()
     else:
-        parts = LAYOUTS[name]()
+        parts = LAYOUTS[name](NUM_OUT)
         parts = replace(parts, **{field: torch.cat([value, value])[:96] for field, value in vars(parts).items()
                                   if isinstance(value, Tensor)})
         weight, numbers = make_tiles(parts), parts.weights().double()
