@@ -31,8 +31,10 @@ KERNELS, RUNNER = "tests/ops/cuda", "tests/runner"
 SANITIZER = "compute-sanitizer"
 CASES = 3  # of each test
 EXCLUDE = "--kernel-name-exclude"
-OTHERS = [EXCLUDE, "kns=cudnn", EXCLUDE, "kns=fmha_cutlass"]  # attention of cuDNN and torch, where racecheck errs
+OTHERS = [arg for name in ("cudnn", "fmha_cutlass", "nvjet") for arg in (EXCLUDE, f"kns={name}")]
+"""Attention of cuDNN and torch, products of cuBLAS: what kernels are compared with, where racecheck errs."""
 ERROR = r"========= +(?:Invalid|Error|Warning|Race|Program hit)"  # a line of its, which may begin with a test's name
+END = r"terminate called|what\(\)|Fatal Python error|CUDA error"  # what a process says that is ended
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def run(check: Check, limit: float) -> Found:
     if exit_code not in (0, 1, None):  # 1: tests fail
         print(f"{check.name} ended with {exit_code}:", out[-2000:], sep="\n", flush=True)
     for line in out.splitlines():
-        if "FAILED" in line or line.startswith("E  ") or re.search(ERROR, line):
+        if "FAILED" in line or line.startswith("E  ") or re.search(f"{ERROR}|{END}", line):
             print(f"{check.name}: {line}", flush=True)
     cases = [line for line in out.splitlines() if "::" in line]
     counts = [sum(word in line for line in cases) for word in ("PASSED", "FAILED", "SKIPPED")]

@@ -1,9 +1,10 @@
 """Times an engine with vLLM's Python interface on a GPU, with random weights; prints a line of JSON for each part.
 
-    python benchmarks/gpu_engine.py CONFIG_DIR [--engine vllm] [--parts abdc] [--options JSON]
+    python benchmarks/gpu_engine.py CONFIG_DIR [--engine vllm] [--parts abdefc] [--options JSON]
 
 a: one request, 128 tokens in, 256 out, ms a step   b: one prompt of 8,192, tokens/s
 d: 32 requests, 128 in, 256 out, ms a step          c: 256 requests, 512 in, 256 out, tokens/s
+e, f: one prompt of 128 or 1,024, ms to its token
 CONFIG_DIR holds a config.json. Before these: seconds to import, to load, and to the first token.
 """
 
@@ -73,6 +74,10 @@ def main() -> None:
         elif part == "b":
             seconds(1, 8192, 1)
             tell(part, prefill_tokens_per_s=8192 / median(1, 8192, 1))
+        elif part in "ef":
+            num_prompt = 128 if part == "e" else 1024
+            seconds(1, num_prompt, 1)
+            tell(part, ms_to_token=1e3 * median(1, num_prompt, 1))
         else:
             seconds(256, 512, 8)
             tell(part, output_tokens_per_s=256 * 256 / seconds(256, 512, 256))

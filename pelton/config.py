@@ -24,6 +24,7 @@ KV_BYTES = {**DTYPE_BYTES, FP8: 1}
 KV_DTYPES = ("auto", *DTYPE_BYTES, "int8", "fp8")
 ACTIVATIONS = ("auto", "int8", "bf16", "fp32")
 DEFAULT_MODEL = "smollm2-135m-instruct"
+CAPTURED_TOKENS = 1024  # of a step with prompts, at most: a GPU is busy with more for longer than it takes to launch it
 FEW_TOKENS = 8  # of a request in a step, which a GPU computes as that many decodes, and not as a chunk
 KINDS: dict[str, tuple[Any, str]] = {  # of an option, by its annotation
     "int": (int, "an integer"),
@@ -453,8 +454,9 @@ def _work_bytes(model: ModelFacts, dtype: str, max_num_tokens: int, max_num_seqs
     token_bytes = model.token_numbers * DTYPE_BYTES[dtype]
     logits_bytes = 4 * max_num_seqs * model.vocab_size * 4
     is_quantised = dtype != "float32" and model.weight_bytes.get("stored", 0) < 0.8 * model.weight_bytes[dtype]
-    opened_bytes = 2 * model.largest_weight * DTYPE_BYTES[dtype] if is_quantised else 0  # for steps of many tokens
-    return (max_num_tokens + max_num_seqs) * token_bytes + logits_bytes + opened_bytes + LIBRARY_BYTES
+    opened_bytes = 2 * model.largest_weight * DTYPE_BYTES[dtype] if is_quantised else 0  # in both, for many tokens
+    captured_tokens = max(max_num_seqs, min(max_num_tokens, CAPTURED_TOKENS))
+    return (max_num_tokens + captured_tokens) * token_bytes + logits_bytes + opened_bytes + LIBRARY_BYTES
 
 
 def _context_length(args: EngineArgs, longest: int) -> int:

@@ -240,7 +240,7 @@ BIG = replace(
 def test_the_cache_of_a_gpu(dtype: str, weights: int) -> None:
     config = decide({"dtype": dtype, "max_num_seqs": 1000}, BIG, GPU)
     size = 4 if dtype == "float32" else 2
-    work = (8192 + 1000) * 100_000 * size + 16 * 1000 * (1 << 17) + GIB // 2
+    work = (8192 + 1024) * 100_000 * size + 16 * 1000 * (1 << 17) + GIB // 2
     if dtype == "bfloat16":
         work += 4 * (1 << 27)  # a quantised weight, opened
     assert config.cache.block_size == 64

@@ -28,7 +28,7 @@ class Batch:
     query_starts: Tensor  # [R + 1] int64: request r owns tokens query_starts[r] .. query_starts[r + 1] - 1
     context_lens: Tensor  # [R] int64: tokens of each request in the cache once this step is done
     kv: Sequence[tuple[LayerCache, GroupSlots]]  # for each layer: its cache and its group's slots
-    wanted: Tensor | None = None  # [M] int64: rows whose hidden states are asked for, in rising order; None: all
+    wanted: Tensor | None = None  # [M] int64: rows whose hidden states are asked for; None: all
     prompts: Sequence[tuple[int, int]] = ()  # where each request's tokens lie, if they are long and whole contexts
 
 

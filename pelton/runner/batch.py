@@ -32,7 +32,7 @@ class Inputs:
     positions: Tensor  # [T]
     query_starts: Tensor  # [R + 1]
     context_lens: Tensor  # [R]
-    sampled_rows: Tensor  # [R]: tokens whose logits are sampled; if there are none, the first token
+    sampled_rows: Tensor  # [R]: tokens whose logits are sampled; then the first token
     previous_rows: Tensor  # [R]: which sample of the step before is the first token; -1: the one that is given
     groups: list[GroupSlots]
 
@@ -99,8 +99,10 @@ class BatchBuffers:
         query_starts[: len(starts)] = starts
         query_starts[len(starts) :] = num_tokens
         self.host.context_lens.numpy()[: len(chunks)] = context_lens
-        sampled = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.sample] or [0]
-        self.host.sampled_rows.numpy()[: len(sampled)] = sampled
+        sampled = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.sample]
+        sampled_rows = self.host.sampled_rows.numpy()
+        sampled_rows[: len(sampled)] = sampled
+        sampled_rows[len(sampled) :] = 0
         for group_id, group in enumerate(self.host.groups):
             self._fill_group(group, chunks, [state.tables[group_id] for state in states], starts)
         return num_tokens, starts

@@ -20,7 +20,17 @@ from pelton.ops.recording import NotRecordable
 from pelton.runner.batch import BatchBuffers, Previous
 from pelton.runner.device import first_line, guard, is_out_of_memory
 from pelton.runner.grammar import Grammars
-from pelton.runner.graph import Captured, Graphs, Programs
+from pelton.runner.graph import (
+    Captured,
+    Decodes,
+    Graphs,
+    Programs,
+    Prompts,
+    decode_sizes,
+    fitting,
+    prompt_batch,
+    prompt_sizes,
+)
 from pelton.runner.kv_cache import KVCache
 from pelton.runner.logprobs import NON_FINITE, token_logprobs
 from pelton.runner.parallel import Follower, Leader
@@ -28,7 +38,6 @@ from pelton.runner.requests import RequestState, RequestTable
 from pelton.runner.sampler import Sample, Sampler
 
 IN_A_STEP = "in a step", "lower --gpu-memory-utilization, which leaves more to steps, or --max-num-batched-tokens"
-PROMPTS = 128, 256  # tokens of prompts that kernels are compiled for: more than products of few rows take, and many
 SCORED = 65  # rows of prompt logits that kernels are compiled for: more than products of few rows take
 LONG_PROMPT = 1024  # tokens on average, from which whole prompts are worth a call for each
 LOGITS_ROWS = 256  # rows of prompt logits made at once: 256 x 262,144 float32 are 268 MB
@@ -54,6 +63,13 @@ class ModelRunner:
         max_blocks = -(-limits.max_model_len // kv.block_size)
         self.buffers = BatchBuffers(kv, limits.max_num_batched_tokens, limits.max_num_seqs, max_blocks)
         self.graph: Captured | None = None
+        self.prompts: Prompts | None = None
+        # Where steps are captured, eager ones are filled up like these: kernels are chosen by the number of rows.
+        self._decode_sizes: list[int] = []
+        self._prompt_sizes: list[int] = []
+        if kv.device.type == "cuda" and not gpu.why_not():
+            self._decode_sizes = decode_sizes(min(limits.max_num_seqs, limits.max_num_batched_tokens))
+            self._prompt_sizes = prompt_sizes(limits.max_num_batched_tokens)
         self._has_prompt_attention = kv.device.type == "cuda" and not config.device.deterministic
         self._newest: tuple[Tensor, dict[int, int]]  # samples of the newest step, on the device, and their requests
         self.why_eager = ""  # a line for a person, where steps run eagerly but need not have
@@ -65,9 +81,11 @@ class ModelRunner:
         if self.device.type == "cuda":
             if not gpu.why_not():
                 try:
-                    graphs = self._compile()
-                    graphs.capture(lazily)
-                    self.graph = graphs
+                    prompts, decodes = self._compile()
+                    decodes.note_order()
+                    prompts.capture(lazily)
+                    decodes.capture(lazily)
+                    self.prompts, self.graph = prompts, decodes
                 except RuntimeError as error:
                     if is_out_of_memory(error):
                         raise
@@ -79,18 +97,18 @@ class ModelRunner:
             except NotRecordable as error:
                 self.why_eager = f"steps run eagerly: {error}"
 
-    def _compile(self) -> Graphs:
-        """What is to be captured; what that and steps with prompts launch is compiled, at once, and not when the first
-        request waits for it. Prompts come first: theirs takes longest."""
+    def _compile(self) -> tuple[Prompts, Decodes]:
+        """What is to be captured; what that and other steps launch is compiled, at once, and not when the first request
+        waits for it. Prompts come first: theirs takes longest."""
         from pelton.ops.cuda.launch import only_compiling  # its kernels need Triton
 
-        most = self.buffers.max_requests
+        buffers, pool = self.buffers, torch.cuda.graph_pool_handle()
         with only_compiling():
-            for num_requests, num_prompt in zip((1, most), PROMPTS, strict=True):
-                num_tokens = min(num_requests + num_prompt, self.buffers.max_tokens)
-                hidden = self.model.forward(self.buffers.batch(num_tokens, num_requests, num_wanted=num_requests))
+            prompts = Prompts(self.model, buffers, pool)
+            num_tokens, most = min(SCORED, buffers.max_tokens), buffers.max_requests
+            hidden = self.model.forward(buffers.batch(num_tokens, most if most != num_tokens else 1, num_wanted=1))
             self.model.logits(hidden.new_empty(SCORED, hidden.shape[1]))
-            return Graphs(self.model, self.kv, most, self.buffers.max_blocks)
+            return prompts, Decodes(self.model, self.kv, buffers.max_requests, buffers.max_blocks, pool)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the plan's chunks. Safe to repeat: it writes the same slots and the same tokens again.
@@ -106,7 +124,7 @@ class ModelRunner:
 
     def can_start(self, plan: StepPlan) -> bool:
         """Whether `start` is of use: what other ranks are told before it is called."""
-        if not isinstance(self.graph, Graphs):
+        if not isinstance(self.graph, Decodes):
             return False
         needing = {request.request_id for request in plan.new if request.needs_results}
         states = self.requests.states
@@ -118,7 +136,8 @@ class ModelRunner:
     @property
     def place(self) -> int:
         """How often ranks have met in what they computed so far: those that have met as often are in step."""
-        return self.ranks.num_collectives + (self.graph.num_replays if isinstance(self.graph, Graphs) else 0)
+        graphs = [graph for graph in (self.prompts, self.graph) if isinstance(graph, Graphs)]
+        return self.ranks.num_collectives + sum(graph.num_replays for graph in graphs)
 
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> StepResult:
@@ -148,7 +167,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _start(self, plan: StepPlan) -> Started | None:
-        if not isinstance(self.graph, Graphs):
+        if not isinstance(self.graph, Decodes):
             return None
         states = self.requests.update(plan)
         if any(state.needs_results for state in states):
@@ -192,15 +211,30 @@ class ModelRunner:
     ) -> tuple[Tensor, Tensor]:
         """The logits [M, V] of the sampled rows of what was filled in; and, if all are needed, its hidden states
         [T, d_model]."""
+        num_tokens, are_decodes = starts[-1], starts[-1] == len(chunks)
+        sizes = self._decode_sizes if are_decodes else [] if needs_all else self._prompt_sizes
+        size = fitting(sizes, num_tokens)
+        if size is not None:
+            self.buffers.clear_slots(num_tokens, size)
         self.buffers.upload(len(chunks), previous)
-        num_wanted = None if needs_all or num_sampled == starts[-1] else max(num_sampled, 1)
-        are_prompts = starts[-1] >= LONG_PROMPT * len(chunks) and all(chunk.start == 0 for chunk in chunks)
-        prompts = list(pairwise(starts)) if are_prompts and self._has_prompt_attention else ()
-        hidden = self.model.forward(self.buffers.batch(starts[-1], len(chunks), num_wanted, prompts))
+        num_wanted = None if needs_all or are_decodes or num_sampled == num_tokens else max(num_sampled, 1)
+        if size is None:
+            are_prompts = num_tokens >= LONG_PROMPT * len(chunks) and all(chunk.start == 0 for chunk in chunks)
+            prompts = list(pairwise(starts)) if are_prompts and self._has_prompt_attention else ()
+            hidden = self.model.forward(self.buffers.batch(num_tokens, len(chunks), num_wanted, prompts))
+        elif are_decodes:
+            hidden = self.model.forward(self.buffers.batch(size, size))
+        elif self.prompts is None:
+            hidden = self.model.forward(prompt_batch(self.buffers, size))
+        else:
+            hidden = self.prompts.forward(size)
         if num_sampled == 0:
             return hidden, hidden[:0]
-        rows = self.buffers.device.sampled_rows[:num_sampled] if needs_all else None
-        return hidden, self.model.logits(select(hidden, rows))
+        if num_wanted is None and num_sampled < num_tokens:
+            sampled = select(hidden, self.buffers.device.sampled_rows[:num_sampled])
+        else:  # as in a captured step, decodes have logits of what fills them up, too
+            sampled = hidden if are_decodes else hidden[:num_sampled]
+        return hidden, self.model.logits(sampled)[:num_sampled]
 
     def _score_prompt(self, hidden: Tensor, chunk: Chunk, state: RequestState, result: StepResult) -> None:
         """Log-probabilities of the prompt's tokens that the chunk's hidden states predict."""

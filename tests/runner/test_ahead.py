@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import EngineRequest, StepPlan, Update
 from pelton.ops.native import native, reason
 from pelton.ops.sampling import Draws, SampleRow, uniform
-from pelton.runner.graph import Graphs
+from pelton.runner.graph import Decodes, Graphs, Prompts, decode_sizes, fitting, prompt_sizes
 from pelton.runner.model_runner import ModelRunner
 from pelton.runner.requests import RequestState
 from pelton.runner.sampler import Sample, Sampler
@@ -68,6 +69,14 @@ class Eager(Graphs):
         self._compute(size)
         self.on_capture(size)
         return SimpleNamespace(replay=lambda: self._compute(size))
+
+
+class EagerPrompts(Eager, Prompts):
+    pass
+
+
+class EagerDecodes(Eager, Decodes):
+    pass
 
 
 class FlakySampler(Sampler):
@@ -191,8 +200,9 @@ class World:
         self.core.step()  # the runner has been told who is gone
         assert not self.core.runner.requests.states
         stats = self.core.scheduler.stats()
-        captured = self.core.runner.sampler.num_captured
-        self.counts.update(captured=captured, preempted=stats.num_preemptions, hits=stats.num_prefix_hits)
+        captured, prompts = self.core.runner.sampler.num_captured, self.core.runner.prompts.num_replays
+        self.counts.update(captured=captured, prompts=prompts)
+        self.counts.update(preempted=stats.num_preemptions, hits=stats.num_prefix_hits)
         for request, updates in zip(requests, told, strict=True):
             self.counts[end := updates[-1].finish_reason] += 1
             assert [update.finish_reason for update in updates[:-1]] == [None] * (len(updates) - 1)
@@ -223,9 +233,13 @@ class World:
         """Let steps be begun; let them fail, while they begin or later."""
         rng = self.rng
         most, max_blocks = runner.buffers.max_requests, runner.buffers.max_blocks
-        runner.graph = Eager(runner.model, runner.kv, most, max_blocks)
-        runner.graph.capture(lazily=rng.random() < 0.5)
-        runner.graph.on_capture = self._on_capture
+        runner.graph = EagerDecodes(runner.model, runner.kv, most, max_blocks, None)
+        runner.prompts = EagerPrompts(runner.model, runner.buffers, None)
+        runner._decode_sizes = decode_sizes(min(most, runner.buffers.max_tokens))
+        runner._prompt_sizes = prompt_sizes(runner.buffers.max_tokens)
+        for graphs, least in ((runner.graph, 1), (runner.prompts, fitting(runner._prompt_sizes, self.least))):
+            graphs.capture(lazily=rng.random() < 0.5)
+            graphs.on_capture = partial(self._on_capture, least)
         runner.sampler = FlakySampler(0)
         share = rng.choice([0.0, 0.0, 0.01])
         runner.sampler.fails, runner.sampler.failed = lambda: rng.random() < share, self.failed
@@ -258,10 +272,10 @@ class World:
 
         runner._run, runner._start = flaky(runner._run), flaky(runner._start)  # type: ignore[method-assign]
 
-    def _on_capture(self, size: int) -> None:
-        """Of a size that is captured by the step that needs it."""
+    def _on_capture(self, least: int, size: int) -> None:
+        """Of a size that is captured by the step that needs it. least: one that always fits."""
         self.counts["captured late"] += 1
-        if size > 1 and self.rng.random() < 0.3:
+        if size > least and self.rng.random() < 0.3:
             self.counts["capture failed"] += 1
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -290,7 +304,7 @@ def test_what_is_begun_ahead_changes_nothing(
     sampling = SimpleNamespace(draws_of=draws_of, choose_=choose_, start_sample=None)
     monkeypatch.setitem(sys.modules, "pelton.ops.cuda.sampling", sampling)
     monkeypatch.setitem(sys.modules, "pelton.quant.gpu", SimpleNamespace(noting_order=nullcontext))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr("pelton.runner.graph.CAPTURED_TOKENS", 32)  # some steps with prompts are larger
     monkeypatch.setattr("pelton.engine.scheduler.CALM_STEPS", 3)  # steps are soon large enough to fail again
     for module in ("core", "scheduler"):  # they report each injected failure
         monkeypatch.setattr(logging.getLogger(f"pelton.engine.{module}"), "disabled", True)
@@ -300,6 +314,6 @@ def test_what_is_begun_ahead_changes_nothing(
             counts += World(seed, make_core).run()
         except Exception as error:
             raise AssertionError(f"the failing seed is {seed}: {error}") from error
-    for event in ("begun", "begun with a prompt", "captured", "captured late", "capture failed",
+    for event in ("begun", "begun with a prompt", "captured", "prompts", "captured late", "capture failed",
                   "out of memory", "kernel failed", "preempted", "hits", "abort", "error", "stop", "length"):
         assert counts[event] > 0, f"the worlds no longer lead to {event}"

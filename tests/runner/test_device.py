@@ -190,7 +190,8 @@ def test_a_capture_that_fails(
     runner: Any = object.__new__(ModelRunner)
     runner.device, runner.model, runner.kv = torch.device("cuda"), None, None
     monkeypatch.setattr(gpu, "why_not", lambda: "")
-    monkeypatch.setattr(runner, "_compile", lambda: SimpleNamespace(capture=raising(error)))
+    graphs = SimpleNamespace(note_order=lambda: None, capture=raising(error))
+    monkeypatch.setattr(runner, "_compile", lambda: (graphs, graphs))
     with pytest.raises(kind, match=says):
         runner._capture(lazily=False)
 

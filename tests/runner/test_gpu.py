@@ -13,6 +13,7 @@ from pelton.config import CacheConfig, DeviceConfig, EngineConfig, ModelConfig, 
 from pelton.engine.core import EngineCore
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import EngineRequest, TokenLogprobs
+from pelton.layers.batch import Batch
 from pelton.models import ARCHITECTURES, find_model
 from pelton.quant.layout import Dense, LinearWeight
 from pelton.runner.kv_cache import KVCache
@@ -134,17 +135,47 @@ def test_the_same_text_in_float32(architecture: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("layout", ["gptq", "fp8", "w8a8"])
-def test_captured_and_eager_steps_give_the_same_bits(layout: str) -> None:
+@pytest.mark.parametrize("limits", [(8, 128), (8, 600)])
+@pytest.mark.parametrize("layout", [None, "gptq", "fp8", "w8a8"])
+def test_captured_and_eager_steps_give_the_same_bits(layout: str | None, limits: tuple[int, int]) -> None:
     source = DummyCheckpoint(config_of("LlamaForCausalLM"), torch.bfloat16, torch.device("cuda"), layout=layout)
-    captured, eager = (run(make_engine(source, "bfloat16", flag), PROMPTS, max_tokens=24) for flag in (False, True))
-    assert captured == eager
+    captured, eager = (make_engine(source, "bfloat16", flag, limits) for flag in (False, True))
+    for first_id, scored in ((0, None), (10, 0)):
+        results = [run(core, PROMPTS, first_id, max_tokens=24, prompt_logprobs=scored) for core in (captured, eager)]
+        assert results[0] == results[1]
+    assert captured.runner.prompts.num_replays > 1 and eager.runner.prompts is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layout"),
+    [("LlamaForCausalLM", None), ("LlamaForCausalLM", "w8a8"), ("LlamaForCausalLM", "gptq"),
+     ("Gemma3ForCausalLM", None)],
+)  # fmt: skip
+def test_tokens_of_no_request_reach_no_other(
+    architecture: str, layout: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fills up a step: attention leaves its rows as it finds them."""
+    source = DummyCheckpoint(config_of(architecture), torch.bfloat16, torch.device("cuda"), layout=layout)
+    expected = run(make_engine(source, "bfloat16", limits=(8, 600)), PROMPTS, max_tokens=24)
+    empty, sizes = torch.empty, set()
+
+    def spoilt(*args: Any, **options: Any) -> Tensor:
+        found = empty(*args, **options)
+        if not found.is_cuda or found.dtype != torch.bfloat16:
+            return found
+        sizes.add(found.shape)
+        return found.fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", spoilt)
+    core = make_engine(source, "bfloat16", limits=(8, 600))
+    assert run(core, PROMPTS, max_tokens=24) == expected
+    assert (448, 4, 64) in sizes  # what attention gives, of the step with all prompts
 
 
 def test_no_request_waits_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are compiled at start: for requests alone, a few and many, and for prompts."""
+    """Kernels are compiled at start: for requests alone, a few and many, and for prompts, captured or not."""
     source = DummyCheckpoint(config_of("LlamaForCausalLM"), torch.bfloat16, torch.device("cuda"))
-    core = make_engine(source, "bfloat16", limits=(200, 512), num_blocks=1000)
+    core = make_engine(source, "bfloat16", limits=(200, 2048), num_blocks=1000)
     from triton import knobs
 
     compiled: list[str] = []
@@ -226,7 +257,8 @@ def test_long_prompts_are_computed_at_once_or_in_chunks(monkeypatch: pytest.Monk
     source = DummyCheckpoint(config_of("LlamaForCausalLM"), torch.bfloat16, torch.device("cuda"), scale=0.05)
     prompts = [PROMPTS[3], PROMPTS[4][:100]]
     in_chunks = run(make_engine(source, "bfloat16"), prompts, max_tokens=1, prompt_logprobs=0)
-    monkeypatch.setattr("pelton.runner.model_runner.LONG_PROMPT", 32)
+    monkeypatch.setattr("pelton.runner.graph.CAPTURED_TOKENS", 32)
+    monkeypatch.setattr("pelton.runner.model_runner.LONG_PROMPT", 33)
     at_once = [run(make_engine(source, "bfloat16"), [prompt], max_tokens=1, prompt_logprobs=0)[0] for prompt in prompts]
     for (_, _, ours), (_, _, theirs) in zip(at_once, in_chunks, strict=True):
         close(ours, theirs, TOLERANCE["bfloat16"])
@@ -280,24 +312,35 @@ def test_deterministic_requests_do_not_depend_on_the_cache(layout: str | None) -
 
 
 def test_steps_captured_when_they_are_needed() -> None:
-    """Memory also runs out while two of them are captured: the same bits, and each size is there in the end."""
+    """Memory also runs out while some of them are captured: the same bits, and each size is there in the end."""
     source = deterministic("LlamaForCausalLM", "gptq")
     at_start = make_engine(source, "bfloat16", limits=(8, 600))
     lazy = make_engine(source, "bfloat16", limits=(8, 600), lazy_capture=True)
     graphs, model, failures = lazy.runner.graph, lazy.runner.model, [True, True]
+    of_prompts = lazy.runner.prompts._captured
     assert [*graphs._captured] == [8] and [*at_start.runner.graph._captured] == [8, 4, 2, 1]
-    logits = model.logits
+    assert [*of_prompts] == [600] and [*at_start.runner.prompts._captured][:3] == [600, 576, 512]
+    logits, forward, failures_of_prompts = model.logits, model.forward, [True]
+
+    def fail(failures: list[bool]) -> None:
+        if failures and torch.cuda.is_current_stream_capturing():
+            failures.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
 
     def flaky(hidden: Tensor, out: Tensor | None = None) -> Tensor:
         found = logits(hidden, out)
-        if failures and hidden.shape[0] > 1 and torch.cuda.is_current_stream_capturing():
-            failures.pop()
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+        fail(failures if hidden.shape[0] > 1 else [])
         return found
 
-    model.logits = flaky
+    def flaky_forward(batch: Batch) -> Tensor:
+        hidden = forward(batch)
+        fail(failures_of_prompts if len(batch.token_ids) > max(16, len(batch.context_lens)) else [])
+        return hidden
+
+    model.logits, model.forward = flaky, flaky_forward
     for first_id, prompts in ((0, PROMPTS[:2]), (10, PROMPTS), (20, PROMPTS[:1]), (30, PROMPTS[1:5]), (40, PROMPTS)):
         stream = torch.cuda.current_stream()
         assert run(lazy, prompts, first_id, max_tokens=24) == run(at_start, prompts, first_id, max_tokens=24)
         assert torch.cuda.current_stream() == stream
-    assert not failures and sorted(graphs._captured) == [1, 2, 4, 8]
+    assert not failures and not failures_of_prompts and sorted(graphs._captured) == [1, 2, 4, 8]
+    assert len(of_prompts) > 2

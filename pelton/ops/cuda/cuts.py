@@ -19,7 +19,8 @@ TABLE_BYTES = 10 << 10  # of a block's shared memory: what is not counted, and m
 RESERVED_BYTES = 2 << 10  # of a block's shared memory: what is not counted
 MANY_OUTS = 128  # rows of a weight that a block of many_rows.cu has
 MANY_PAIR = 2  # blocks that have x copied together
-MANY_TILES, MANY_SPLITS = (8, 16, 32), (1, 2, 4)  # rows of x / 8, and blocks that share columns
+MANY_TILES = {8: (1130, 4640), 16: (1660, 6000), 32: (2400, 7000)}  # rows of x / 8: cycles of a chunk, and of a block
+MANY_SPLITS = (1, 2, 4)  # blocks that share columns
 
 
 def num_sums(processors: int) -> int:
@@ -360,8 +361,9 @@ def many(
     def cost(cut: Many) -> int:
         blocks, split = cut.grid(num_out)
         rounds, chunks = -(-blocks * split // processors), -(-num_in // (2 * COLUMNS * split))
+        of_chunk, of_block = MANY_TILES[cut.NT]
         joins = 2000 + 150 * split * cut.NT if split > 1 else 0
-        return rounds * (chunks * (650 + 60 * cut.NT) + 4000 + 80 * cut.NT + joins)
+        return rounds * (chunks * of_chunk + of_block + joins)
 
     def fits(cut: Many) -> bool:
         """Whether there are columns to share, counters, and room for sums."""

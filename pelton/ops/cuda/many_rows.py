@@ -14,7 +14,7 @@ from pelton.ops.cuda.tiles import HALVES, function, has_values, is_aligned, layo
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
 MIN_ROWS = 33  # fewer are multiplied faster by more_rows.cu
-MAX_ROWS = 512  # for more it costs less to open codes in memory than what cuBLAS gains
+MAX_ROWS = 1024  # for more it costs less to open codes in memory than what cuBLAS gains
 
 
 class _LayOut(ctypes.Structure):

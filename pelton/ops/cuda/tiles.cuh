@@ -231,8 +231,8 @@ __device__ __forceinline__ u32 code_pair(const Codes& p, int s, int j) {
     asm("fma.rn." MMA_TYPE "x2 %0, %0, %1, %2;" : "+r"(u) : "r"(power), "r"(zero));
     return u;
 #else
-    const float low = __uint_as_float(__byte_perm(w, 0x4B000000u, j % 2 ? 0x7442 : 0x7440)) - 8388608.0f - ZERO;
-    const float high = __uint_as_float(__byte_perm(w, 0x4B000000u, j % 2 ? 0x7443 : 0x7441)) - 8388608.0f - ZERO;
+    const float low = __uint_as_float(__byte_perm(w, 0x4B000000u, j % 2 ? 0x7442 : 0x7440)) - (8388608.0f + ZERO);
+    const float high = __uint_as_float(__byte_perm(w, 0x4B000000u, j % 2 ? 0x7443 : 0x7441)) - (8388608.0f + ZERO);
     return to_pair(low, high);
 #endif
 #else
@@ -255,15 +255,21 @@ __device__ __forceinline__ u32 code_pair(const Codes& p, int s, int j) {
 #endif
 }
 
+#if SCALE != 8
+// What is stored of a group: a scale (which = 0), a minimum or a zero point.
+__device__ __forceinline__ float stored(const Scales& p, int r, int group, int which) {
+    const auto number = p.scales[(r * GROUPS + group) * PER_GROUP + which];
+    return SCALE == 16 ? half_to_float(u16(number)) : float(number);
+}
+#endif
+
 // A scale (which = 0) or minimum, times a factor.
 __device__ __forceinline__ float scale_of(const Scales& p, int r, int group, int which, float factor = 1.0f) {
-    const int i = (r * GROUPS + group) * PER_GROUP + which;
 #if SCALE != 8
-    const auto number = [&](int i) {
-        return SCALE == 16 ? half_to_float(u16(p.scales[i])) : float(p.scales[i]);
-    };
-    return factor * (ZEROS && which ? number(i - 1) * number(i) : number(i));
+    const float number = stored(p, r, group, which);
+    return factor * (ZEROS && which ? stored(p, r, group, 0) * number : number);
 #else
+    const int i = (r * GROUPS + group) * PER_GROUP + which;
     // A byte as a float without a conversion: 2^23 + u. A super times 2^23 is exact, times 2^23 + 128 it may not be.
     const float super = factor * half_to_float(p.supers[r * PER_GROUP + which]);
     const u32 bytes = MIN ? p.scales[i / 4] : p.scales[i / 4] ^ 0x80808080u;

@@ -66,6 +66,7 @@ LAYOUTS: dict[str, Callable[[int], Codes]] = {  # of the number of rows
     "int4 group 32": lambda num_out: integers(num_out, 4, 32, False),
     "int4 of 1216 columns with minima": lambda num_out: integers(num_out, 4, 64, True, num_in=1216),
     "int8 per channel": lambda num_out: integers(num_out, 8, NUM_IN, False),
+    "int8 group 128 with zero points": lambda num_out: with_zeros(integers(num_out, 8, 128, False)),
     "int8 of 192 columns": lambda num_out: integers(num_out, 8, 192, False, num_in=192),
     "float8 per channel": lambda num_out: float8(num_out, NUM_IN),
     "float8 group 128": lambda num_out: float8(num_out, 128),

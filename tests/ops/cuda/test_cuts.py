@@ -122,8 +122,8 @@ def test_many_rows_fit(has_values: bool) -> None:
     """Memory, and what blocks that share columns leave there and count."""
     processors, memory = HOPPER
     for num_out, num_in in SHAPES:
-        compiled = [cut.defines for cut in cuts.all_many(512, num_out, num_in, has_values, processors, memory)]
-        for num_rows in range(1, 513, 7):
+        compiled = [cut.defines for cut in cuts.all_many(1024, num_out, num_in, has_values, processors, memory)]
+        for num_rows in range(1, 1025, 7):
             cut = cuts.many(num_rows, num_out, num_in, has_values, processors, memory)
             assert cut.defines in compiled
             blocks, split = cut.grid(num_out)
@@ -141,7 +141,7 @@ def test_many_rows_leave_few_processors_idle() -> None:
     assert {rows: [(cut.NT, cut.SPLIT) for cut in all_cuts] for rows, all_cuts in found.items()} == {
         64: [(8, 2), (8, 4), (8, 1), (8, 4)],
         128: [(16, 2), (8, 2), (16, 1), (16, 4)],
-        256: [(16, 1), (16, 2), (32, 1), (32, 4)],
+        256: [(32, 2), (16, 2), (32, 1), (32, 4)],
     }
 
 

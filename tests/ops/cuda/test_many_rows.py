@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from coded import LAYOUTS, NUM_IN, close, integers
+from torch import Tensor
 from torch.nn import functional as F
 
 from pelton.quant import gpu
@@ -34,6 +35,25 @@ def test_codes(name: str, half: torch.dtype) -> None:
             many_rows.multiply(x, weight, out, bias, accumulate=True)
         close(outs[0], x.double() @ expected.T + bias.double() + before.double(), half)
         assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_codes_are_opened_exactly(name: str, half: torch.dtype) -> None:
+    """All but few weights are rounded once, unless they are looked up: values are rounded before they are scaled."""
+    parts = LAYOUTS[name](NUM_OUT)
+    if parts.values:
+        pytest.skip("values that are looked up")
+    weights = parts.weights()
+    columns = torch.randperm(weights.shape[1], device="cuda")[:128]
+    x = F.one_hot(columns, weights.shape[1]).to(half)
+    out = torch.empty(len(columns), NUM_OUT, device="cuda", dtype=half)
+    many_rows.multiply(x, make_tiles(parts), out)
+    expected = weights[:, columns].T
+    close(out, expected.double(), half)
+    off = (out.float() - expected.to(half).float()).abs()
+    least = expected.abs().mean() * {torch.bfloat16: 2**-10, torch.float16: 2**-13}[half]  # what a zero may be off
+    assert (off > least).float().mean() < 0.05
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -66,26 +86,32 @@ def test_cuts(name: str, nt: int, split: int, half: torch.dtype, monkeypatch: py
 
 
 def test_weights_multiply_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """33 to 512 rows, but not where bits are to be the same; rows that begin anywhere are opened."""
+    """33 to 1024 rows, but not where bits are to be the same. Else, or if rows begin anywhere, codes are opened."""
+
+    def plain(x: Tensor, weight: Tensor, out: Tensor, bias: None, accumulate: bool) -> None:
+        product = x.double() @ weight.double().T
+        out.copy_(product + out if accumulate else product)
+
+    monkeypatch.setattr(gpu, "_multiply", plain)
     calls, lay_out = [], many_rows.lay_out
     monkeypatch.setattr(many_rows, "lay_out", lambda x, *given: calls.append(len(x)) or lay_out(x, *given))
     parts = integers(NUM_OUT, 4, 128, False)
     weight, numbers = gpu.Tiled(make_tiles(parts), torch.bfloat16), parts.weights().double()
-    for num_rows in (32, 33, 512, 513):
+    for num_rows in (32, 33, 1024, 1025):
         x = (torch.randn(num_rows, NUM_IN, device="cuda") * 0.05).bfloat16()
         product = x.double() @ numbers.T
         before = torch.randn(num_rows, NUM_OUT, device="cuda").bfloat16()
         close(weight.matmul(x, add_to=before.clone()), product + before.double(), x.dtype)
         left, right = product.chunk(2, dim=1)
         hidden = weight.gated(x, None, "silu")
-        if num_rows <= 512 or hidden is not None:
+        if num_rows <= 1024 or hidden is not None:
             close(hidden, F.silu(left) * right, x.dtype)
-    assert calls == [33, 33, 512, 512]
+    assert calls == [33, 33, 1024, 1024]
     x = torch.randn(100, NUM_IN + 3, device="cuda").bfloat16()[:, 3:]
     close(weight.matmul(x), x.double() @ numbers.T, x.dtype)
     weight.deterministic = True
     weight.matmul(x.clone(memory_format=torch.contiguous_format))
-    assert calls == [33, 33, 512, 512]
+    assert calls == [33, 33, 1024, 1024]
 
 
 def test_no_rows_are_no_launch() -> None:
