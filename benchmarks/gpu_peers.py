@@ -89,7 +89,7 @@ class Bar:
             return None
         if theirs is None:
             return ours
-        return theirs / ours if self.part in "adef" else ours / theirs
+        return theirs / ours if FIGURES[self.part].startswith("ms") else ours / theirs
 
     def line(self, value: float) -> str:
         """For the table."""

@@ -36,13 +36,16 @@ PROMPT_SIZES = (16, 32, *range(64, CAPTURED_TOKENS + 1, 64))  # tokens of a grap
 
 def decode_sizes(max_requests: int) -> list[int]:
     """Requests of steps of decodes, rising: others are filled up to the next."""
-    return [*(size for size in DECODE_SIZES if size < max_requests), max_requests]
+    return _up_to(max_requests, DECODE_SIZES)
 
 
 def prompt_sizes(max_tokens: int) -> list[int]:
     """Tokens of steps with prompts, likewise; of those that are captured."""
-    most = min(CAPTURED_TOKENS, max_tokens)
-    return [*(size for size in PROMPT_SIZES if size < most), most]
+    return _up_to(min(CAPTURED_TOKENS, max_tokens), PROMPT_SIZES)
+
+
+def _up_to(most: int, sizes: Sequence[int]) -> list[int]:
+    return [*(size for size in sizes if size < most), most]
 
 
 def fitting(sizes: Sequence[int], num: int) -> int | None:

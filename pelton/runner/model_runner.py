@@ -105,6 +105,7 @@ class ModelRunner:
         buffers, pool = self.buffers, torch.cuda.graph_pool_handle()
         with only_compiling():
             prompts = Prompts(self.model, buffers, pool)
+            # Of larger steps: any number of tokens; with as many requests they would be decodes.
             num_tokens, most = min(SCORED, buffers.max_tokens), buffers.max_requests
             hidden = self.model.forward(buffers.batch(num_tokens, most if most != num_tokens else 1, num_wanted=1))
             self.model.logits(hidden.new_empty(SCORED, hidden.shape[1]))
@@ -217,7 +218,7 @@ class ModelRunner:
         if size is not None:
             self.buffers.clear_slots(num_tokens, size)
         self.buffers.upload(len(chunks), previous)
-        num_wanted = None if needs_all or are_decodes or num_sampled == num_tokens else max(num_sampled, 1)
+        num_wanted = None if needs_all or are_decodes else max(num_sampled, 1)
         if size is None:
             are_prompts = num_tokens >= LONG_PROMPT * len(chunks) and all(chunk.start == 0 for chunk in chunks)
             prompts = list(pairwise(starts)) if are_prompts and self._has_prompt_attention else ()

@@ -18,12 +18,12 @@ constexpr int STAGE_BYTES = 2 * ROWS * CHUNK, LINE = OUTS + 4;  // floats: what 
 constexpr int SIZE = NT < 16 ? 4 * NT : 64;                     // sums of one wgmma
 typedef float Sums[4 * NT / SIZE][SIZE];
 
-#if GROUP != 16 && (ZEROS || !MIN) && (SCALE == 16 || !HALF)
-// Numbers of a row and group are opened in pairs, in half as many instructions. (Elsewhere too few share a scale, or a
-// minimum would be rounded before it is taken, or a scale have more bits than float16 has room for.) d = high + low, so
-// that a product is rounded once, all but exactly.
+// Numbers of a row and group are opened in pairs, in half as many instructions; but where too few share a scale, or a
+// minimum would be rounded before it is taken, or a scale has more bits than float16 has room for.
+#define IN_PAIRS (GROUP != 16 && (ZEROS || !MIN) && (SCALE == 16 || !HALF))
+#if IN_PAIRS
 struct Opener {
-    u32 offset, high, low;  // each twice
+    u32 offset, high, low;  // each twice; a scale is high + low, so that a product is rounded once, all but exactly
 
     __device__ __forceinline__ Opener(const Piece& p, int r, int group) {
         const float d = scale_of(p, r, group, 0);
@@ -43,35 +43,21 @@ struct Opener {
         return product;
     }
 };
-#else
-struct Opener {
-    float d, more;
-
-    __device__ __forceinline__ Opener(const Piece& p, int r, int group) {
-        d = scale_of(p, r, group, 0), more = -OFFSET * d - (MIN ? scale_of(p, r, group, MIN) : 0.0f);
-    }
-    __device__ __forceinline__ u32 open(u32 codes) const {
-        const float2 u = to_floats(codes);
-        return to_pair(fmaf(d, u.x, more), fmaf(d, u.y, more));
-    }
-};
 #endif
 
 // The numbers of 64 columns, for four mma. (Values that are looked up are rounded before they are scaled, too.)
 __device__ __forceinline__ void open(u32 (&w)[4][4], const Piece& p, const u32* table) {
 #pragma unroll
-    for (int s = 0; s < 4; ++s) operand(w[s], p, s, table);
+    for (int s = 0; s < 4; ++s) {
+        operand(w[s], p, s, table);
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            const Opener opener(p, r, group);
-#pragma unroll
-            for (int i = 0; i < 8 / GROUPS; ++i) {
-                u32& pair = w[4 / GROUPS * group + i / 2][r + i % 2 * 2];
-                pair = opener.open(pair);
-            }
-        }
+        for (int j = 0; j < 4; ++j)
+#if IN_PAIRS
+            w[s][j] = Opener(p, j % 2, s / (4 / GROUPS)).open(w[s][j]);
+#else
+            w[s][j] = opened(p, s, j, to_floats(w[s][j]), OFFSET);
+#endif
+    }
 }
 
 // One warp's work: have this block's part of x copied to the pair, as soon as there is room in both.
