@@ -56,11 +56,11 @@ class Run:
 RUNS = [
     Run("llama", "pelton", LLAMA, "abdefc"),
     Run("llama vllm", "vllm", LLAMA, "abdefc"),
-    Run("llama deterministic", "pelton", LLAMA, "abdc", {"deterministic": True}),
+    Run("llama deterministic", "pelton", LLAMA, "abdefc", {"deterministic": True}),
     Run("llama on two", "pelton", LLAMA, "a", {"tensor_parallel_size": 2}, num_gpus=2),
-    Run("llama gptq", "pelton", LLAMA, "adefc", {"quantization": "gptq"}, 4 + 16 / 128),
-    Run("llama gptq vllm", "vllm", LLAMA_GPTQ, "adefc", {"dtype": "float16"}, 4 + 16 / 128),
-    Run("llama gptq deterministic", "pelton", LLAMA, "ad", {"quantization": "gptq", "deterministic": True},
+    Run("llama gptq", "pelton", LLAMA, "abdefc", {"quantization": "gptq"}, 4 + 16 / 128),
+    Run("llama gptq vllm", "vllm", LLAMA_GPTQ, "abdefc", {"dtype": "float16"}, 4 + 16 / 128),
+    Run("llama gptq deterministic", "pelton", LLAMA, "abdefc", {"quantization": "gptq", "deterministic": True},
         4 + 16 / 128),
     Run("llama awq", "pelton", LLAMA, "a", {"quantization": "awq"}, 4 + 32 / 128),
     Run("llama nf4", "pelton", LLAMA, "a", {"quantization": "bitsandbytes"}, 4 + 32 / 64),
@@ -106,8 +106,8 @@ BARS = [
     Bar("llama", "b", 1.0, "llama vllm"), Bar("llama", "c", 1.1, "llama vllm"), Bar("gemma", "c", 1.1, "gemma vllm"),
     Bar("llama gptq", "c", 1.0, "llama gptq vllm"),
     *(Bar(run, part, 1.0, f"{run} vllm") for run in ("llama", "llama gptq") for part in "ef"),
-    *(Bar("llama deterministic", part, 1 / 1.2, "llama") for part in "abdc"),
-    *(Bar("llama gptq deterministic", part, 1 / 1.2, "llama gptq") for part in "ad"),
+    *(Bar("llama deterministic", part, 1 / 1.2, "llama") for part in "abdefc"),
+    *(Bar("llama gptq deterministic", part, 1 / 1.2, "llama gptq") for part in "abdefc"),
     Bar("llama on two", "a", 1.5, "llama"), Bar("llama", "start", 15.0),
 ]  # fmt: skip
 

@@ -30,6 +30,7 @@ from pelton.layers.rope import context_length
 from pelton.models import Model, find_model
 from pelton.ops import gpu, native
 from pelton.ops.parallel import ALONE, Ranks
+from pelton.quant import CODED
 from pelton.runner.device import free_memory, guard, least_of_all, probe_device, use_cpu
 from pelton.runner.grammar import Grammars
 from pelton.runner.kv_cache import KVCache
@@ -104,6 +105,7 @@ def _build_runner(
     facts = ModelFacts(
         files.config["torch_dtype"], context_length(files.config), kv_layers, _weight_bytes(architecture, files, ranks),
         *_work_sizes(files, kv_layers, ranks),
+        has_codes=is_dummy_layout or any(tensor.type.name in CODED for tensor in files.tensors.values()),
     )
     env = Environment.read()
     machine = probe_device(args.device, env.cuda_visible_devices, ranks)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from pelton.errors import ConfigError
@@ -216,6 +216,7 @@ class ModelFacts:
     token_numbers: int = 0  # that a forward pass holds at once for each token
     vocab_size: int = 0
     largest_weight: int = 0  # numbers
+    has_codes: bool = False  # some weights are quantised
 
 
 @dataclass(frozen=True)
@@ -287,6 +288,7 @@ class DeviceConfig:
     activations: str = "fp32"  # of products with quantised weights on a CPU: "int8", "bf16" or "fp32"
     deterministic: bool = False  # on a GPU, kernels that give a row the same bits in any company
     lazy_capture: bool = False  # of CUDA graphs
+    apart: bool = False  # a step's prompts are computed alone, and so are its decodes: see ops/prompts.py
 
 
 @dataclass(frozen=True)
@@ -310,6 +312,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
     warnings: list[str] = []
     device_config = _device_config(args, device, env)
     dtype = _choose_dtype(args, model.dtype, device, notes)
+    keeps_codes = model.has_codes and device.keeps_formats and dtype != "float32"
     max_num_seqs = args.max_num_seqs or (64 if device.kind == "cpu" else 256)
     model_len = _context_length(args, model.max_len)
     kv_dtype = _choose_kv_dtype(args, dtype, device)
@@ -337,7 +340,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
             enable_chunked_prefill=args.enable_chunked_prefill,
             deterministic=device_config.deterministic,
         ),
-        device=device_config,
+        device=replace(device_config, apart=device_config.deterministic and keeps_codes),
         notes=tuple(notes),
         warnings=tuple(warnings),
     )

@@ -184,7 +184,11 @@ def test_deterministic_where_kernels_are() -> None:
     for device, expected in ((replace(CPU, keeps_formats=True), False), (gpu, True)):
         config = decide({"deterministic": True}, model=model, device=device)
         assert config.device.deterministic == config.scheduler.deterministic == expected
+        assert not config.device.apart
+        config = decide({"deterministic": True}, model=replace(model, has_codes=True), device=device)
+        assert config.device.apart == expected
     assert not decide(model=model, device=gpu).device.deterministic
+    assert not decide(model=replace(model, has_codes=True), device=gpu).device.apart
     with pytest.raises(ConfigError, match="--deterministic: on a CPU pelton computes in plain torch"):
         decide({"deterministic": True})
     with pytest.raises(ConfigError, match="--max-num-batched-tokens must be more than 16, got 16"):

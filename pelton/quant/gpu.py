@@ -1,7 +1,7 @@
 """Weights on a GPU: numbers, or codes in tiles. Few rows are multiplied at the speed of reading the weight. For more,
 on Hopper, codes are opened where they are multiplied; for many they are opened into numbers, which costs little beside
-the product. Deterministic weights are multiplied in one order of sums, whatever the number of rows: a row's result does
-not depend on the others.
+the product. Deterministic weights are multiplied in one order of sums, whatever the number of rows, or one for prompts
+and one for all else: a row's result does not depend on the others.
 """
 
 from __future__ import annotations
@@ -60,19 +60,23 @@ class Whole(OnGPU):
         if _noted() is not None:
             return None
         weight, size = self.operand, (x.shape[0], self.shape[0] // 2)
-        some = x[:1] if self.deterministic else x  # any number of rows is multiplied, a few at a time
-        if isinstance(weight, Tiles) and not self.deterministic and many_rows.accepts_gated(x, weight):
+        if self.deterministic:
+            if not same_rows.accepts_gated(x, weight):
+                return None
+            out = x.new_empty(size)
+            same_rows.multiply(x, weight, out, bias, gate=gate, then=self.then)
+            return out
+        if isinstance(weight, Tiles) and many_rows.accepts_gated(x, weight):
             out = x.new_empty(size)
             many_rows.multiply(x, weight, out, bias, gate=gate)
             if not is_compiling():
                 return out
             self.write(x, x.new_empty(x.shape[0], self.shape[0]), bias, accumulate=False)  # as where order is noted
-        elif self._is_for_few(x) and few_rows.accepts_gated(some, weight):
+        elif self._is_for_few(x) and few_rows.accepts_gated(x, weight):
             out = x.new_empty(size)
-            multiply = same_rows.multiply if self.deterministic else few_rows.multiply
-            multiply(x, weight, out, bias, gate=gate, then=self.then)
+            few_rows.multiply(x, weight, out, bias, gate=gate, then=self.then)
             return out
-        if self.deterministic or not gated_rows.accepts(x, weight):
+        if not gated_rows.accepts(x, weight):
             return None
         out = x.new_empty(size)
         gated_rows.multiply(x, self._numbers(x.dtype), out, bias, gate)
@@ -101,7 +105,7 @@ class Whole(OnGPU):
 
     def _is_for_few(self, x: Tensor) -> bool:
         """Whether x has so few rows that torch is not as fast."""
-        return isinstance(self.operand, Tiles) or (x.shape[0] <= MAX_DENSE_ROWS and not self.deterministic)
+        return isinstance(self.operand, Tiles) or x.shape[0] <= MAX_DENSE_ROWS
 
 
 def _multiply(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:

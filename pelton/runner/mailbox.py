@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-NUM_PLACES = 3  # of two steps that are on their way, and of the next
+NUM_PLACES = 6  # of two steps that are on their way, and of the next, in two parts each
 
 
 class Mailbox:
@@ -19,7 +19,7 @@ class Mailbox:
 
     def send(self, tokens: Tensor) -> Callable[[], list[int]]:
         """Enqueue the transfer of int64 [M], whose place on the device later work may use again. Returns what waits for
-        it, which is to be called before three more are sent."""
+        it, which is to be called before NUM_PLACES more are sent."""
         num = tokens.shape[0]
         if tokens.device.type != "cuda":
             return tokens.clone().tolist

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
-from pelton.config import EngineConfig
+from pelton.config import FEW_TOKENS, EngineConfig
 from pelton.engine.step import Chunk, Started, StepPlan, StepResult, TokenLogprobs
 from pelton.errors import DeviceError
 from pelton.layers.batch import select
@@ -16,6 +16,7 @@ from pelton.models import Model
 from pelton.ops import gpu
 from pelton.ops.native import native
 from pelton.ops.parallel import ALONE, Ranks
+from pelton.ops.prompts import are_prompts, of_prompts
 from pelton.ops.recording import NotRecordable
 from pelton.runner.batch import BatchBuffers, Previous
 from pelton.runner.device import first_line, guard, is_out_of_memory
@@ -41,6 +42,12 @@ IN_A_STEP = "in a step", "lower --gpu-memory-utilization, which leaves more to s
 SCORED = 65  # rows of prompt logits that kernels are compiled for: more than products of few rows take
 LONG_PROMPT = 1024  # tokens on average, from which whole prompts are worth a call for each
 LOGITS_ROWS = 256  # rows of prompt logits made at once: 256 x 262,144 float32 are 268 MB
+POWERS = [1 << i for i in range(9)]  # up to LOGITS_ROWS: kernels are made for powers of two
+
+_Part = tuple[bool, Sequence[Chunk], Sequence[RequestState]]
+"""What is computed together: whether it is known to be prompts alone, chunks, and their requests."""
+_Begun = tuple[Sequence[Chunk], Sequence[RequestState], Tensor, Callable[[], list[Sample | str]]]
+"""Chunks that are sampled and their requests, the samples on the device, and what waits for them."""
 
 
 class ModelRunner:
@@ -70,6 +77,7 @@ class ModelRunner:
         if kv.device.type == "cuda" and not gpu.why_not():
             self._decode_sizes = decode_sizes(min(limits.max_num_seqs, limits.max_num_batched_tokens))
             self._prompt_sizes = prompt_sizes(limits.max_num_batched_tokens)
+        self._apart = config.device.apart
         self._has_prompt_attention = kv.device.type == "cuda" and not config.device.deterministic
         self._newest: tuple[Tensor, dict[int, int]]  # samples of the newest step, on the device, and their requests
         self.why_eager = ""  # a line for a person, where steps run eagerly but need not have
@@ -104,12 +112,24 @@ class ModelRunner:
 
         buffers, pool = self.buffers, torch.cuda.graph_pool_handle()
         with only_compiling():
-            prompts = Prompts(self.model, buffers, pool)
-            # Of larger steps: any number of tokens; with as many requests they would be decodes.
-            num_tokens, most = min(SCORED, buffers.max_tokens), buffers.max_requests
-            hidden = self.model.forward(buffers.batch(num_tokens, most if most != num_tokens else 1, num_wanted=1))
-            self.model.logits(hidden.new_empty(SCORED, hidden.shape[1]))
+            prompts = Prompts(self.model, buffers, pool, self._apart)
+            if not self._apart:
+                self._launch([SCORED], [SCORED])
+            else:
+                with of_prompts(True):
+                    self._launch([SCORED], POWERS)
+                self._launch([16, 32, SCORED], [SCORED])
             return prompts, Decodes(self.model, self.kv, buffers.max_requests, buffers.max_blocks, pool)
+
+    def _launch(self, num_tokens: Sequence[int], num_scored: Sequence[int]) -> None:
+        """What steps launch that are not captured, of so many tokens; and logits of so many."""
+        buffers, most = self.buffers, self.buffers.max_requests
+        for num in num_tokens:
+            num = min(num, buffers.max_tokens)
+            # Of any number of requests; with as many as tokens they would be decodes.
+            hidden = self.model.forward(buffers.batch(num, most if most != num else 1, num_wanted=1))
+        for num in num_scored:
+            self.model.logits(hidden.new_empty(num, hidden.shape[1]))
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the plan's chunks. Safe to repeat: it writes the same slots and the same tokens again.
@@ -142,55 +162,81 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> StepResult:
-        states = self.requests.update(plan)
         result = StepResult(plan.step_id)
-        if not plan.chunks:
-            return result
-        graph = self.graph if self.graph is not None and self.graph.takes(plan.chunks) else None
+        for alone, chunks, states in self._parts(plan.chunks, self.requests.update(plan)):
+            with of_prompts(alone):
+                self._run_part(chunks, states, result)
+        return result
+
+    def _parts(self, chunks: Sequence[Chunk], states: Sequence[RequestState]) -> list[_Part]:
+        """All of a step; or decodes, and chunks as short as those, and then prompts."""
+        if not self._apart:
+            return [(False, chunks, states)] if chunks else []
+        few = [i for i, chunk in enumerate(chunks) if chunk.num_tokens <= FEW_TOKENS]
+        many = [i for i, chunk in enumerate(chunks) if chunk.num_tokens > FEW_TOKENS]
+        return [
+            (part is many, [chunks[i] for i in part], [states[i] for i in part]) for part in (few, many) if part
+        ]
+
+    def _run_part(self, chunks: Sequence[Chunk], states: Sequence[RequestState], result: StepResult) -> None:
+        graph = self.graph if self.graph is not None and self.graph.takes(chunks) else None
         buffers = self.buffers if graph is None else graph.buffers
-        num_tokens, starts = buffers.fill(plan.chunks, states)
-        sampled = [i for i, chunk in enumerate(plan.chunks) if chunk.sample]
+        num_tokens, starts = buffers.fill(chunks, states)
+        sampled = [i for i, chunk in enumerate(chunks) if chunk.sample]
         scored = [
-            i for i, (chunk, state) in enumerate(zip(plan.chunks, states, strict=True))
+            i for i, (chunk, state) in enumerate(zip(chunks, states, strict=True))
             if state.request.params.prompt_logprobs is not None and chunk.start < state.num_prompt
         ]
         if graph is not None:
             hidden, logits = graph.run(num_tokens, len(sampled))
         else:
-            hidden, logits = self._forward(plan.chunks, starts, len(sampled), needs_all=bool(scored))
+            hidden, logits = self._forward(chunks, starts, len(sampled), needs_all=bool(scored))
         for i in scored:
-            self._score_prompt(hidden[starts[i] : starts[i + 1]], plan.chunks[i], states[i], result)
+            self._score_prompt(hidden[starts[i] : starts[i + 1]], chunks[i], states[i], result)
         if sampled:
             sampled_states = [states[i] for i in sampled]
             samples = self.sampler(sampled_states, logits)
-            _note(samples, [plan.chunks[i] for i in sampled], sampled_states, result)
-        return result
+            _note(samples, [chunks[i] for i in sampled], sampled_states, result)
 
     @torch.inference_mode()
     def _start(self, plan: StepPlan) -> Started | None:
         if not isinstance(self.graph, Decodes):
             return None
-        states = self.requests.update(plan)
-        if any(state.needs_results for state in states):
+        all_states = self.requests.update(plan)
+        if any(state.needs_results for state in all_states):
             return None
-        sampled = [i for i, chunk in enumerate(plan.chunks) if chunk.sample]
-        is_captured = self.graph.takes(plan.chunks)
-        buffers = self.graph.buffers if is_captured else self.buffers
-        previous = self._claim_tokens(plan.chunks, states)
-        num_tokens, starts = buffers.fill(plan.chunks, states)
+        begun: list[_Begun] = []
+        for alone, chunks, states in self._parts(plan.chunks, all_states):
+            with of_prompts(alone):
+                begun += self._start_part(self.graph, chunks, states)
+        if not begun:
+            return _Started(plan.step_id, [], [], lambda: [])
+        chunks_of, states_of, token_ids, waits = zip(*begun, strict=True)
+        chunks, states = [*chain(*chunks_of)], [*chain(*states_of)]
+        all_ids = token_ids[0] if len(begun) == 1 else torch.cat(token_ids)
+        self._newest = all_ids, {chunk.request_id: i for i, chunk in enumerate(chunks)}
+        return _Started(plan.step_id, chunks, states, lambda: [*chain(*(wait() for wait in waits))])
+
+    def _start_part(
+        self, graph: Decodes, chunks: Sequence[Chunk], states: Sequence[RequestState]
+    ) -> list[_Begun]:
+        """Nothing, if no chunk is sampled."""
+        is_captured = graph.takes(chunks)
+        buffers = graph.buffers if is_captured else self.buffers
+        previous = self._claim_tokens(chunks, states)
+        num_tokens, starts = buffers.fill(chunks, states)
+        sampled = [i for i, chunk in enumerate(chunks) if chunk.sample]
         token_ids = None
         if is_captured:
-            draws = self.sampler.draws(states, self.graph.logits)
-            _, logits = self.graph.run(num_tokens, num_tokens, previous, draws)
-            token_ids = self.graph.token_ids[:num_tokens] if draws is not None else None
+            draws = self.sampler.draws(states, graph.logits)
+            _, logits = graph.run(num_tokens, num_tokens, previous, draws)
+            token_ids = graph.token_ids[:num_tokens] if draws is not None else None
         else:
-            _, logits = self._forward(plan.chunks, starts, len(sampled), previous)
+            _, logits = self._forward(chunks, starts, len(sampled), previous)
         if not sampled:
-            return _Started(plan.step_id, [], [], lambda: [])
-        chunks, states = [plan.chunks[i] for i in sampled], [states[i] for i in sampled]
-        token_ids, wait = self.sampler.start(states, logits, token_ids)
-        self._newest = token_ids, {chunk.request_id: i for i, chunk in enumerate(chunks)}
-        return _Started(plan.step_id, chunks, states, wait)
+            return []
+        chunks, states = [chunks[i] for i in sampled], [states[i] for i in sampled]
+        return [(chunks, states, *self.sampler.start(states, logits, token_ids))]
 
     def _claim_tokens(
         self, chunks: Sequence[Chunk], states: Sequence[RequestState]
@@ -213,15 +259,16 @@ class ModelRunner:
         """The logits [M, V] of the sampled rows of what was filled in; and, if all are needed, its hidden states
         [T, d_model]."""
         num_tokens, are_decodes = starts[-1], starts[-1] == len(chunks)
-        sizes = self._decode_sizes if are_decodes else [] if needs_all else self._prompt_sizes
+        is_filled_up = not needs_all and (are_prompts() or not self._apart)
+        sizes = self._decode_sizes if are_decodes else self._prompt_sizes if is_filled_up else []
         size = fitting(sizes, num_tokens)
         if size is not None:
             self.buffers.clear_slots(num_tokens, size)
         self.buffers.upload(len(chunks), previous)
         num_wanted = None if needs_all or are_decodes else max(num_sampled, 1)
         if size is None:
-            are_prompts = num_tokens >= LONG_PROMPT * len(chunks) and all(chunk.start == 0 for chunk in chunks)
-            prompts = list(pairwise(starts)) if are_prompts and self._has_prompt_attention else ()
+            are_whole = num_tokens >= LONG_PROMPT * len(chunks) and all(chunk.start == 0 for chunk in chunks)
+            prompts = list(pairwise(starts)) if are_whole and self._has_prompt_attention else ()
             hidden = self.model.forward(self.buffers.batch(num_tokens, len(chunks), num_wanted, prompts))
         elif are_decodes:
             hidden = self.model.forward(self.buffers.batch(size, size))

@@ -6,6 +6,8 @@ So nothing has to be equal to the last bit, and what only rank 0 has (functions,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -44,16 +46,16 @@ class Leader:
     def start(
         self, states: Sequence[RequestState], logits: Tensor, token_ids: Tensor | None = None
     ) -> tuple[Tensor, Callable[[], list[Sample | str]]]:
-        """See Sampler."""
+        """See Sampler. What it raises is raised when it is waited for: the others go on with the rest of the step."""
         try:
             token_ids, wait = self._sampler.start(states, logits, token_ids)
-        except Exception:
-            self._tell([FAILED] * len(states), logits.device)
-            raise
+        except Exception as error:
+            failed = self._tell([FAILED] * len(states), logits.device)
+            return failed, partial(_raise, error.with_traceback(None))  # nor are tensors kept that the traceback holds
         return self._ranks.broadcast_(token_ids), wait
 
-    def _tell(self, token_ids: Sequence[int], device: torch.device) -> None:
-        self._ranks.broadcast_(torch.tensor(token_ids, dtype=torch.int64, device=device))
+    def _tell(self, token_ids: Sequence[int], device: torch.device) -> Tensor:
+        return self._ranks.broadcast_(torch.tensor(token_ids, dtype=torch.int64, device=device))
 
 
 class Follower:
@@ -81,6 +83,10 @@ class Follower:
 
     def _hear(self, num: int, device: torch.device) -> Tensor:
         return self._ranks.broadcast_(torch.empty(num, dtype=torch.int64, device=device))
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def _samples(token_ids: Sequence[int]) -> list[Sample | str]:

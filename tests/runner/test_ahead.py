@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 
 from pelton.build import build_engine
-from pelton.config import EngineArgs
+from pelton.config import FEW_TOKENS, EngineArgs
 from pelton.engine.core import EngineCore
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.step import EngineRequest, StepPlan, Update
+from pelton.layers.batch import Batch
 from pelton.ops.native import native, reason
+from pelton.ops.prompts import are_prompts
 from pelton.ops.sampling import Draws, SampleRow, uniform
 from pelton.runner.graph import Decodes, Graphs, Prompts, decode_sizes, fitting, prompt_sizes
 from pelton.runner.model_runner import ModelRunner
@@ -169,6 +171,7 @@ class World:
         if deterministic:
             config = replace(self.core.scheduler._config, deterministic=True)
             self.core.scheduler = Scheduler(config, self.core.scheduler._cache)
+            self._compute_apart(self.core.runner)
         self.alone = make_core(model, block_size=block_size, max_num_seqs=1, enable_prefix_caching=False)
         self.counts: Counter[str] = Counter()
         self.failed: set[int] = set()
@@ -229,12 +232,23 @@ class World:
                 setattr(params, name, value)
         return EngineRequest(request_id, prompt, params, eos_token_ids=(3, 11), priority=rng.choice([0, 0, 1]))
 
+    def _compute_apart(self, runner: ModelRunner) -> None:
+        """Let a step's prompts be computed alone; check that they are."""
+        forward, runner._apart = runner.model.forward, True
+
+        def checked(batch: Batch) -> Tensor:
+            lengths = batch.query_starts.diff()
+            assert (lengths[lengths > 0] > FEW_TOKENS if are_prompts() else lengths <= FEW_TOKENS).all(), lengths
+            return forward(batch)
+
+        runner.model.forward = checked  # type: ignore[method-assign]
+
     def _begin_ahead(self, runner: ModelRunner) -> None:
         """Let steps be begun; let them fail, while they begin or later."""
         rng = self.rng
         most, max_blocks = runner.buffers.max_requests, runner.buffers.max_blocks
         runner.graph = EagerDecodes(runner.model, runner.kv, most, max_blocks, None)
-        runner.prompts = EagerPrompts(runner.model, runner.buffers, None)
+        runner.prompts = EagerPrompts(runner.model, runner.buffers, None, runner._apart)
         runner._decode_sizes = decode_sizes(min(most, runner.buffers.max_tokens))
         runner._prompt_sizes = prompt_sizes(runner.buffers.max_tokens)
         for graphs, least in ((runner.graph, 1), (runner.prompts, fitting(runner._prompt_sizes, self.least))):
@@ -263,6 +277,7 @@ class World:
                     fail(plan)
                 if hasattr(result, "_wait"):
                     self.counts["begun"] += 1
+                    self.counts["begun in two parts"] += len(runner._parts(plan.chunks, plan.chunks)) > 1
                     self.counts["begun with a prompt"] += any(chunk.num_tokens > 1 for chunk in plan.chunks)
                     if fails[2]:
                         result._wait = lambda: fail(plan)
@@ -314,6 +329,7 @@ def test_what_is_begun_ahead_changes_nothing(
             counts += World(seed, make_core).run()
         except Exception as error:
             raise AssertionError(f"the failing seed is {seed}: {error}") from error
-    for event in ("begun", "begun with a prompt", "captured", "prompts", "captured late", "capture failed",
-                  "out of memory", "kernel failed", "preempted", "hits", "abort", "error", "stop", "length"):
+    for event in ("begun", "begun with a prompt", "begun in two parts", "captured", "prompts", "captured late",
+                  "capture failed", "out of memory", "kernel failed", "preempted", "hits", "abort", "error", "stop",
+                  "length"):
         assert counts[event] > 0, f"the worlds no longer lead to {event}"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pelton import LLM, EngineDeadError, SamplingParams, build
-from pelton.config import EngineArgs
+from pelton.config import EngineArgs, ModelFacts
 from pelton.engine.step import StepPlan
 from pelton.errors import ConfigError, DeviceError, DeviceLostError, OutOfMemoryError
 from pelton.ops import gpu
@@ -167,6 +167,26 @@ def test_what_does_not_fit_while_an_engine_is_built(
     with pytest.raises(OutOfMemoryError, match=says) as caught:
         build.build_engine(EngineArgs(str(tiny_model_path), load_format="dummy", **options))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "expected"),
+    [("tiny_model_path", {"load_format": "dummy"}, False),
+     ("tiny_model_path", {"load_format": "dummy", "quantization": "gptq"}, True), ("smollm2_path", {}, True)],
+)  # fmt: skip
+def test_whether_weights_are_quantised(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, model: str, options: dict[str, Any], expected: bool
+) -> None:
+    found: list[bool] = []
+
+    def note(args: EngineArgs, facts: ModelFacts, *rest: object) -> None:
+        found.append(facts.has_codes)
+        raise ConfigError("that is all")
+
+    monkeypatch.setattr(build, "resolve", note)
+    with pytest.raises(ConfigError, match="that is all"):
+        build.build_engine(EngineArgs(str(request.getfixturevalue(model)), **options))
+    assert found == [expected]
 
 
 def test_how_much_is_missing() -> None:

@@ -353,10 +353,11 @@ def dense_in_parts(
 
 @cache
 def many(
-    num_rows: int, num_out: int, num_in: int, has_values: bool, processors: int, shared_memory: int
+    num_rows: int, num_out: int, num_in: int, has_values: bool, processors: int, shared_memory: int,
+    split: int | None = None,
 ) -> Many:
     """What takes the fullest processor the fewest cycles, as measured on an H200: to open codes and to multiply, to
-    begin and to store, and to join parts of sums."""
+    begin and to store, and to join parts of sums. split: the blocks that share columns, if they are given."""
 
     def cost(cut: Many) -> int:
         blocks, split = cut.grid(num_out)
@@ -371,8 +372,17 @@ def many(
         has_room = blocks * split * 8 * cut.NT * MANY_OUTS <= num_sums(processors)
         return split == 1 or (num_in >= 8 * COLUMNS * split and blocks <= MAX_SHARING * processors and has_room)
 
-    cuts = [_many_of(nt, split, has_values, shared_memory, num_rows) for nt, split in product(MANY_TILES, MANY_SPLITS)]
+    splits = MANY_SPLITS if split is None else (split,)
+    cuts = [_many_of(nt, split, has_values, shared_memory, num_rows) for nt, split in product(MANY_TILES, splits)]
     return min(filter(fits, cuts), key=cost)
+
+
+@cache
+def same_split(num_out: int, num_in: int, processors: int) -> int:
+    """Blocks of many_rows.cu that share columns where a row has the same bits whatever the number of rows: two if few
+    rows would else be the work of few processors with many columns each, though many rows take a tenth longer then."""
+    blocks = MANY_PAIR * -(-num_out // (MANY_PAIR * MANY_OUTS))
+    return 2 if 4 * blocks <= processors and num_in >= 8192 else 1
 
 
 def _many_of(nt: int, split: int, has_values: bool, shared_memory: int, num_rows: int) -> Many:
@@ -384,9 +394,10 @@ def _many_of(nt: int, split: int, has_values: bool, shared_memory: int, num_rows
 
 @cache
 def all_many(
-    most_rows: int, num_out: int, num_in: int, has_values: bool, processors: int, shared_memory: int
+    most_rows: int, num_out: int, num_in: int, has_values: bool, processors: int, shared_memory: int,
+    split: int | None = None,
 ) -> list[Many]:
     """`many` of all numbers of rows up to some: it is the same between multiples of the fewest rows of a block."""
     step = 8 * min(MANY_TILES)
-    given = num_out, num_in, has_values, processors, shared_memory
+    given = num_out, num_in, has_values, processors, shared_memory, split
     return [many(num_rows, *given) for num_rows in range(step, most_rows + step, step)]

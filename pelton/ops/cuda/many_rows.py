@@ -14,7 +14,8 @@ from pelton.ops.cuda.tiles import HALVES, function, has_values, is_aligned, layo
 from pelton.ops.tiles import COLUMNS, ROWS, Tiles
 
 MIN_ROWS = 33  # fewer are multiplied faster by more_rows.cu
-MAX_ROWS = 1024  # for more it costs less to open codes in memory than what cuBLAS gains
+MAX_ROWS = 1024  # for more it costs less to open codes in memory than what cuBLAS gains; there is room for their sums
+MAX_WHOLE_ROWS = 4096  # at a time where neither matters: of prompts, if no two blocks share columns
 
 
 class _LayOut(ctypes.Structure):
@@ -28,11 +29,7 @@ class _LayOut(ctypes.Structure):
 
 def accepts(x: Tensor, weight: Tiles, out: Tensor) -> bool:
     """Whether `multiply` takes x [M, K], a weight [N, K] and an output."""
-    (num_out, num_in), num_rows = weight.shape, x.shape[0]
-    return (
-        MIN_ROWS <= num_rows <= MAX_ROWS and x.dtype in HALVES and has_wgmma(x.device)
-        and num_in % COLUMNS == 0 and num_out % ROWS == 0 and is_aligned(x) and is_aligned(out)
-    )
+    return MIN_ROWS <= x.shape[0] <= MAX_ROWS and accepts_same(x, weight, out)
 
 
 def accepts_gated(x: Tensor, weight: Tiles) -> bool:
@@ -40,17 +37,45 @@ def accepts_gated(x: Tensor, weight: Tiles) -> bool:
     return accepts(x, weight, x) and weight.shape[0] % (2 * ROWS) == 0
 
 
+def accepts_same(x: Tensor, weight: Tiles, out: Tensor) -> bool:
+    """Whether `multiply_same` takes x [M, K], a weight [N, K] and an output, whatever M is."""
+    num_out, num_in = weight.shape
+    return (
+        x.dtype in HALVES and has_wgmma(x.device) and num_in % COLUMNS == 0 and num_out % ROWS == 0
+        and is_aligned(x) and is_aligned(out)
+    )
+
+
 def multiply(
     x: Tensor, weight: Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False, gate: str = ""
 ) -> None:
     """out = x W^T (+ bias), or added to out: see few_rows.multiply."""
+    _multiply(x, weight, out, bias, accumulate, gate)
+
+
+def multiply_same(
+    x: Tensor, weight: Tiles, out: Tensor, bias: Tensor | None = None, accumulate: bool = False, gate: str = ""
+) -> None:
+    """The same, where a row has the same bits whatever the number of rows."""
+    split = cuts.same_split(*weight.shape, num_processors(x.device))
+    most = MAX_WHOLE_ROWS if split == 1 else MAX_ROWS
+    for begin in range(0, x.shape[0], most):
+        rows = slice(begin, begin + most)
+        _multiply(x[rows], weight, out[rows], bias, accumulate, gate, split, most)
+
+
+def _multiply(
+    x: Tensor, weight: Tiles, out: Tensor, bias: Tensor | None, accumulate: bool, gate: str, split: int | None = None,
+    most: int = MAX_ROWS,
+) -> None:
+    """split: the blocks that share columns, if they are given. most: rows that x may have another time."""
     (num_rows, num_in), num_out, device = x.shape, weight.shape[0], x.device
     if num_rows == 0:
         return
-    shape = num_out, num_in, has_values(weight), num_processors(device), shared_memory(device)
+    shape = num_out, num_in, has_values(weight), num_processors(device), shared_memory(device), split
     defines = {**layout(weight, x.dtype, gate), "OUT32": int(out.dtype == torch.float32)}
     if is_compiling():
-        for cut in cuts.all_many(MAX_ROWS, *shape):
+        for cut in cuts.all_many(most, *shape):
             function(cut.kernel, {**defines, **cut.defines}, device)
     cut = cuts.many(num_rows, *shape)
     args, laid_out = pointers(weight), lay_out(x, cut.NT, weight.group == 16)

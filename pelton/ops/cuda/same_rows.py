@@ -7,7 +7,9 @@ where there are many tiles, else by the last of those that summed a part each.
 
 Of few rows dense_rows.cu adds up the same parts, on Hopper, where an mma of 16 columns has the bits of a wgmma's, in
 whatever order these stand. Of quantised weights few_rows multiplies up to 64 rows at a time, by kernels that sum each
-number in one order too.
+number in one order too. Prompts have another: many_rows multiplies them, on Hopper, if it takes the weight, else codes
+are opened first. A token is always computed as part of a prompt or always as a decode (see Scheduler), and what is
+multiplied together is of one kind.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pelton.ops.cuda import cuts, few_rows
+from pelton.ops.cuda import cuts, few_rows, many_rows
 from pelton.ops.cuda.launch import (
     OVERLAP,
     counters,
@@ -31,6 +33,8 @@ from pelton.ops.cuda.launch import (
     shared_memory,
     wait_for_inputs,
 )
+from pelton.ops.cuda.tiles import open_tiles
+from pelton.ops.prompts import are_prompts
 from pelton.ops.tiles import Tiles
 
 LINE = 128  # bytes of a row that are multiplied at a time
@@ -85,17 +89,21 @@ def multiply(
     gate: str = "", then: Tensor | Tiles | None = None,
 ) -> None:
     """out = x W^T (+ bias), or added to out. x [M, K]; weight: W [N, K] in x's dtype, or tiles; out [M, N] in x's dtype
-    or float32; bias in x's dtype. `gate`, of tiles only, and `then`: see few_rows.multiply."""
+    or float32; bias in x's dtype. `gate`, if `accepts_gated`, and `then`, of few rows: see few_rows.multiply."""
     (num_rows, num_in), num_out = x.shape, weight.shape[0]
-    if isinstance(weight, Tiles):
-        most = cuts.MAX_ROWS
-        then, x = then if num_rows <= most else None, _aligned(x)
-        for begin in range(0, num_rows, most):
-            rows = slice(begin, begin + most)
-            few_rows.multiply(x[rows], weight, out[rows], bias, accumulate, gate, then=then, same=True)
-        return
     if num_rows == 0:
         return
+    if isinstance(weight, Tiles):
+        x = _aligned(x)
+        if not are_prompts():
+            _multiply_few(x, weight, out, bias, accumulate, gate, then)
+            return
+        if many_rows.accepts_same(x, weight, out):
+            many_rows.multiply_same(x, weight, out, bias, accumulate, gate)
+            return
+        if gate:
+            raise ValueError("no kernel multiplies prompts by such a weight with its gate")
+        weight = open_tiles(weight, x.dtype)
     processors = num_processors(x.device)
     columns = LINE // x.element_size()
     parts = num_parts(num_out, num_in, processors)
@@ -115,11 +123,28 @@ def multiply(
     )
 
 
+def accepts_gated(x: Tensor, weight: Tensor | Tiles) -> bool:
+    """Whether `multiply` takes a gate, too, of a product of x [M, K] and a weight, whatever M is."""
+    if not isinstance(weight, Tiles) or not few_rows.accepts_gated(x[:1], weight):
+        return False
+    return not are_prompts() or many_rows.accepts_same(x, weight, x)
+
+
+def _multiply_few(
+    x: Tensor, weight: Tiles, out: Tensor, bias: Tensor | None, accumulate: bool, gate: str, then: Tensor | Tiles | None
+) -> None:
+    """See `multiply`: as many rows at a time as few_rows takes."""
+    num_rows, most = x.shape[0], cuts.MAX_ROWS
+    for begin in range(0, num_rows, most):
+        rows, following = slice(begin, begin + most), then if num_rows <= most else None
+        few_rows.multiply(x[rows], weight, out[rows], bias, accumulate, gate, then=following, same=True)
+
+
 def _aligned(x: Tensor) -> Tensor:
     """x [M, K], or a copy where rows do not begin at multiples of 16 bytes."""
     each = 16 // x.element_size()
     if x.stride(1) != 1 or x.stride(0) % each or x.data_ptr() % 16:
-        x = F.pad(x, (0, -x.shape[1] % each)).contiguous()
+        x = F.pad(x, (0, -x.shape[1] % each)).clone(memory_format=torch.contiguous_format)
     return x
 
 

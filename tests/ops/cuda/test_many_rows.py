@@ -10,11 +10,13 @@ from coded import LAYOUTS, NUM_IN, close, integers
 from torch import Tensor
 from torch.nn import functional as F
 
+from pelton.ops.prompts import of_prompts
 from pelton.quant import gpu
 from pelton.quant.tiled import make_tiles
 
 cuts = pytest.importorskip("pelton.ops.cuda.cuts")
 many_rows = pytest.importorskip("pelton.ops.cuda.many_rows")
+same_rows = pytest.importorskip("pelton.ops.cuda.same_rows")
 tiles = pytest.importorskip("pelton.ops.cuda.tiles")
 is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not is_hopper, reason="needs compute capability 9.0")]
@@ -110,8 +112,49 @@ def test_weights_multiply_so(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(100, NUM_IN + 3, device="cuda").bfloat16()[:, 3:]
     close(weight.matmul(x), x.double() @ numbers.T, x.dtype)
     weight.deterministic = True
-    weight.matmul(x.clone(memory_format=torch.contiguous_format))
+    x = x.clone(memory_format=torch.contiguous_format)
+    weight.matmul(x)
     assert calls == [33, 33, 1024, 1024]
+    with of_prompts(True):
+        weight.matmul(x)
+        weight.gated(x[:1], None, "silu")
+    assert calls == [33, 33, 1024, 1024, 100, 1]
+
+
+@pytest.mark.parametrize(("hopper", "split"), [(True, 1), (True, 2), (False, 1)])
+@pytest.mark.parametrize("name", ["int4 group 128", "Q4_K", "Q6_K", "nf4", "int4 of 1216 columns with minima"])
+def test_a_row_of_prompts_has_the_same_bits_in_any_company(
+    name: str, hopper: bool, split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks share columns or not; rows fill one block, several, or are cut. Elsewhere codes are opened."""
+    monkeypatch.setattr(many_rows, "MAX_WHOLE_ROWS", 1024)
+    monkeypatch.setattr(many_rows, "has_wgmma", lambda device: hopper)
+    monkeypatch.setattr(cuts, "same_split", lambda *given: split)
+    torch.manual_seed(0)
+    parts = LAYOUTS[name](NUM_OUT)
+    weight, numbers = make_tiles(parts), parts.weights().double()
+    x = torch.randn(1500, numbers.shape[1], device="cuda").bfloat16() * 0.05
+    whole, gated = (torch.empty(1500, n, device="cuda", dtype=x.dtype) for n in (NUM_OUT, NUM_OUT // 2))
+
+    def multiply(rows: slice, out: Tensor, gated: Tensor) -> None:
+        with of_prompts(True):
+            same_rows.multiply(x[rows], weight, out)
+            assert same_rows.accepts_gated(x[rows], weight) == hopper
+            if hopper:
+                same_rows.multiply(x[rows], weight, gated, gate="silu")
+
+    multiply(slice(None), whole, gated)
+    product = x.double() @ numbers.T
+    close(whole, product, x.dtype)
+    if hopper:
+        left, right = product.chunk(2, dim=1)
+        close(gated, F.silu(left) * right, x.dtype)
+    for num_rows in (1, 2, 16, 64, 65, 128, 200, 256, 300, 512, 700, 1024, 1100):
+        for rows in (slice(num_rows), slice(1500 - num_rows, 1500)):
+            outs = [torch.empty_like(out[rows]) for out in (whole, gated)]
+            multiply(rows, *outs)
+            assert torch.equal(outs[0], whole[rows]), num_rows
+            assert not hopper or torch.equal(outs[1], gated[rows]), num_rows
 
 
 def test_no_rows_are_no_launch() -> None:

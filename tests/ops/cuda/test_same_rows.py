@@ -149,6 +149,19 @@ def test_sums_are_cut_by_the_shape_of_the_weight() -> None:
     assert [same_rows.num_parts(*shape, 132) for shape in shapes] == [1, 2, 2, 8, 2, 1]
 
 
+@pytest.mark.parametrize("processors", [132, 114, 16])
+def test_prompts_are_split_by_the_shape_of_the_weight(processors: int) -> None:
+    """Whatever the number of rows, and there is room for all sums."""
+    for num_out, num_in in [(28672, 4096), (4096, 4096), (4352, 14336), (4096, 14336), (512, 14336), (576, 192)]:
+        split = cuts.same_split(num_out, num_in, processors)
+        assert split == (2 if num_in == 14336 and num_out <= 32 * processors else 1)
+        for cut in cuts.all_many(1024, num_out, num_in, False, processors, 227 << 10, split):
+            blocks, sharing = cut.grid(num_out)
+            assert sharing == split
+            assert split == 1 or blocks <= cuts.MAX_SHARING * processors
+            assert split == 1 or blocks * split * 8 * cut.NT * cuts.MANY_OUTS <= cuts.num_sums(processors)
+
+
 @pytest.mark.parametrize(("processors", "memory"), [(132, 227 << 10), (108, 163 << 10), (24, 99 << 10)])
 def test_tiles_are_split_by_the_shape_of_the_weight(processors: int, memory: int) -> None:
     """Whatever the number of rows, and with a gate or not."""
