@@ -312,7 +312,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
     warnings: list[str] = []
     device_config = _device_config(args, device, env)
     dtype = _choose_dtype(args, model.dtype, device, notes)
-    keeps_codes = model.has_codes and device.keeps_formats and dtype != "float32"
+    apart = device_config.deterministic and model.has_codes and dtype != "float32"
     max_num_seqs = args.max_num_seqs or (64 if device.kind == "cpu" else 256)
     model_len = _context_length(args, model.max_len)
     kv_dtype = _choose_kv_dtype(args, dtype, device)
@@ -340,7 +340,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts, env: Envir
             enable_chunked_prefill=args.enable_chunked_prefill,
             deterministic=device_config.deterministic,
         ),
-        device=replace(device_config, apart=device_config.deterministic and keeps_codes),
+        device=replace(device_config, apart=apart),
         notes=tuple(notes),
         warnings=tuple(warnings),
     )

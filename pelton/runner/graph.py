@@ -24,7 +24,6 @@ from pelton.engine.step import Chunk
 from pelton.layers.batch import Batch
 from pelton.models import Model
 from pelton.ops.native import native
-from pelton.ops.prompts import of_prompts
 from pelton.ops.recording import Recorder
 from pelton.ops.sampling import Draws
 from pelton.runner.batch import BatchBuffers, Previous
@@ -126,14 +125,12 @@ class Graphs(ABC):
 class Prompts(Graphs):
     """The forward pass of steps with prompts, to the hidden states of rows that are sampled."""
 
-    def __init__(self, model: Model, buffers: BatchBuffers, pool: Any, alone: bool = False) -> None:
-        """Also launches what steps do, of whatever size: may be called in `ops.cuda.launch.only_compiling`. alone:
-        there are no decodes among them."""
+    def __init__(self, model: Model, buffers: BatchBuffers, pool: Any) -> None:
+        """Also launches what steps do, of whatever size: may be called in `ops.cuda.launch.only_compiling`."""
         super().__init__(prompt_sizes(buffers.max_tokens), pool)
         self._model = model
         self._buffers = buffers
-        self._alone = alone
-        self._hidden = self._forward(self._sizes[-1])
+        self._hidden = model.forward(prompt_batch(buffers, self._sizes[-1]))
         for size in self._sizes[:-1]:
             if size & (size - 1) == 0:  # kernels are made for powers of two
                 self._compute(size)
@@ -144,12 +141,8 @@ class Prompts(Graphs):
         return self._hidden
 
     def _compute(self, size: int) -> None:
-        hidden = self._forward(size)
+        hidden = self._model.forward(prompt_batch(self._buffers, size))
         self._hidden[: len(hidden)].copy_(hidden)
-
-    def _forward(self, size: int) -> Tensor:
-        with of_prompts(self._alone):
-            return self._model.forward(prompt_batch(self._buffers, size))
 
 
 def prompt_batch(buffers: BatchBuffers, size: int) -> Batch:

@@ -91,7 +91,8 @@ class ModelRunner:
                 try:
                     prompts, decodes = self._compile()
                     decodes.note_order()
-                    prompts.capture(lazily)
+                    with of_prompts(self._apart):
+                        prompts.capture(lazily)
                     decodes.capture(lazily)
                     self.prompts, self.graph = prompts, decodes
                 except RuntimeError as error:
@@ -112,12 +113,10 @@ class ModelRunner:
 
         buffers, pool = self.buffers, torch.cuda.graph_pool_handle()
         with only_compiling():
-            prompts = Prompts(self.model, buffers, pool, self._apart)
-            if not self._apart:
-                self._launch([SCORED], [SCORED])
-            else:
-                with of_prompts(True):
-                    self._launch([SCORED], POWERS)
+            with of_prompts(self._apart):
+                prompts = Prompts(self.model, buffers, pool)
+                self._launch([SCORED], POWERS if self._apart else [SCORED])
+            if self._apart:
                 self._launch([16, 32, SCORED], [SCORED])
             return prompts, Decodes(self.model, self.kv, buffers.max_requests, buffers.max_blocks, pool)
 

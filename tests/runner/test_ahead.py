@@ -248,7 +248,7 @@ class World:
         rng = self.rng
         most, max_blocks = runner.buffers.max_requests, runner.buffers.max_blocks
         runner.graph = EagerDecodes(runner.model, runner.kv, most, max_blocks, None)
-        runner.prompts = EagerPrompts(runner.model, runner.buffers, None, runner._apart)
+        runner.prompts = EagerPrompts(runner.model, runner.buffers, None)
         runner._decode_sizes = decode_sizes(min(most, runner.buffers.max_tokens))
         runner._prompt_sizes = prompt_sizes(runner.buffers.max_tokens)
         for graphs, least in ((runner.graph, 1), (runner.prompts, fitting(runner._prompt_sizes, self.least))):

@@ -208,7 +208,7 @@ def test_a_capture_that_fails(
     monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], says: str
 ) -> None:
     runner: Any = object.__new__(ModelRunner)
-    runner.device, runner.model, runner.kv = torch.device("cuda"), None, None
+    runner.device, runner.model, runner.kv, runner._apart = torch.device("cuda"), None, None, False
     monkeypatch.setattr(gpu, "why_not", lambda: "")
     graphs = SimpleNamespace(note_order=lambda: None, capture=raising(error))
     monkeypatch.setattr(runner, "_compile", lambda: (graphs, graphs))

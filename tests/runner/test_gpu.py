@@ -144,7 +144,8 @@ def test_captured_and_eager_steps_give_the_same_bits(layout: str | None, limits:
     for first_id, scored in ((0, None), (10, 0)):
         results = [run(core, PROMPTS, first_id, max_tokens=24, prompt_logprobs=scored) for core in (captured, eager)]
         assert results[0] == results[1]
-    assert captured.runner.prompts.num_replays > 0 and eager.runner.prompts is None
+    assert captured.runner.prompts.num_replays >= -(-sum(map(len, PROMPTS)) // limits[1])
+    assert eager.runner.prompts is None
 
 
 @pytest.mark.parametrize(
